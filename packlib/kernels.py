@@ -1,0 +1,300 @@
+"""Attention inside each segment of a packed row, over interchangeable kernels with one signature.
+
+A packed row is [T, H, D] with boundaries `cu_seqlens`; a token sees only its own segment. `reference` is the slow obvious
+version; the others are held against it. What they trade: `reference` builds T × T scores; `sdpa` makes one call per segment,
+so work is Σ n² and no mask is ever built (what makes packing pay on a CPU), at one launch per segment on a GPU; `flash_attn`
+and `torch_varlen` are one launch, half precision only; `flex` compiles for each bucket of T and builds a block mask per batch.
+The caller chooses; `auto` picks once and says so. Only `sdpa` needs lengths on the host: one synchronisation a batch,
+remembered on the tensor. The others need none.
+"""
+
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from packlib.boundaries import segment_lengths
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a kernel is asked for; q, k, v apart. `window` counts visible tokens to the left, the token itself included."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    causal: bool = True
+    window: int | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Flash convention: visible tokens to the left and right, -1 for all."""
+        left = -1 if self.window is None else self.window - 1
+        return left, 0 if self.causal else left
+
+    def visible(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether position q sees position k of the same segment (broadcast)."""
+        distance = q - k
+        seen = distance >= 0 if self.causal else distance == distance
+        return seen if self.window is None else seen & (distance.abs() < self.window)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    scores = torch.einsum("qhd,khd->hqk", q.to(dtype), k.to(dtype).repeat_interleave(group, 1)) * call.scale
+    if call.softcap:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    position = torch.arange(len(q), device=q.device)
+    segment = torch.searchsorted(call.cu_seqlens, position, right=True)
+    seen = (segment[:, None] == segment) & call.visible(position[:, None], position)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v.to(dtype).repeat_interleave(group, 1)).to(q.dtype)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    lengths = [n for n in segment_lengths(call.cu_seqlens) if n]
+    if len(set(lengths)) == 1:
+        q, k, v = (x.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for x in (q, k, v))
+        return _sdpa_segments(q, k, v, call).transpose(1, 2).flatten(0, 1)
+    # split and cat are one autograd node each; writing into slices would cost one node per segment
+    pieces = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)))
+    return torch.cat([_sdpa_segments(*piece, call).transpose(1, 2)[0] for piece in pieces])
+
+
+def _sdpa_segments(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    """[segments, H, n, D] -> [segments, H, n, Dv], segments of one length."""
+    options = {"scale": call.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    n, window = q.shape[2], call.window
+    if window is None or window >= n:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=call.causal, **options)
+    position, out = torch.arange(n, device=q.device), []
+    for start in range(0, n, window):  # blocks of queries with the keys their window reaches: no mask above window × 3 window
+        stop = min(start + window, n)
+        first, last = max(0, start - window + 1), stop if call.causal else min(n, stop + window - 1)
+        mask = call.visible(position[start:stop, None], position[first:last])
+        block = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
+        out.append(F.scaled_dot_product_attention(*block, attn_mask=mask, **options))
+    return torch.cat(out, 2)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    from packlib import flex
+
+    key = call.causal, call.window
+    mask = flex.document_mask(call.cu_seqlens, flex.bucket(len(q)), call.visible, key)
+    return flex.flex_varlen(q, k, v, mask, call.scale, call.softcap)
+
+
+_Run = Callable[[Tensor, Tensor, Tensor, Call], Tensor]
+
+
+def _same_head_dim(kernel: _Run) -> _Run:
+    """Flash kernels want one head dimension: pad values up to the queries' (MLA) and crop the result."""
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+        missing = q.shape[-1] - v.shape[-1]
+        return kernel(q, k, F.pad(v, (0, missing)), call)[..., : v.shape[-1]] if missing else kernel(q, k, v, call)
+
+    return padded
+
+
+@cache
+def _varlen_attn() -> tuple[Callable[..., Tensor], frozenset[str]]:
+    """PyTorch's varlen kernel and its options: `is_causal` in 2.10, `window_size` from 2.11, `enable_gqa` from 2.12."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+@_same_head_dim
+def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    varlen_attn, known = _varlen_attn()
+    options: dict[str, object] = {}
+    if "window_size" in known:
+        options["window_size"] = call.sides  # the default is (-1, -1): not causal
+    elif call.window is not None:
+        raise NotImplementedError(f"torch_varlen of PyTorch {torch.__version__} has no window (2.11 has); use flex or sdpa")
+    else:
+        options["is_causal"] = call.causal
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    if "scale" in known:
+        options["scale"] = call.scale
+    else:
+        q = q * (call.scale * q.shape[-1] ** 0.5)
+    return varlen_attn(q, k, v, call.cu_seqlens, call.cu_seqlens, call.max_seqlen, call.max_seqlen, **options)
+
+
+@cache
+def flash_attn_package() -> Callable[..., Tensor] | None:
+    """`flash_attn_varlen_func` of the installed package (never of `flash_stand_in`), None without it."""
+    try:
+        distribution("flash-attn")
+    except PackageNotFoundError:
+        return None
+    return importlib.import_module("flash_attn").flash_attn_varlen_func
+
+
+@_same_head_dim
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    boundaries = (call.cu_seqlens, call.cu_seqlens, call.max_seqlen, call.max_seqlen)
+    options = {"causal": call.causal, "window_size": call.sides, "softcap": call.softcap or 0.0}
+    return flash_attn_package()(q, k, v, *boundaries, softmax_scale=call.scale, **options)
+
+
+def _half_on_ampere(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return "" if torch.cuda.get_device_capability(device) >= (8, 0) else "needs compute capability 8.0 (Ampere) or later"
+
+
+def _anywhere(device: torch.device, dtype: torch.dtype) -> str:
+    return ""
+
+
+def _has_torch_varlen(device: torch.device, dtype: torch.dtype) -> str:
+    found = importlib.util.find_spec("torch.nn.attention.varlen")
+    return _half_on_ampere(device, dtype) if found else f"needs PyTorch 2.10, this is {torch.__version__}"
+
+
+def _has_flash_attn(device: torch.device, dtype: torch.dtype) -> str:
+    return _half_on_ampere(device, dtype) if flash_attn_package() else "the flash-attn package is not installed"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute varlen attention. `missing(device, dtype)` is "" where it works, else what it lacks."""
+
+    function: _Run
+    missing: Callable[[torch.device, torch.dtype], str]
+    softcap: bool
+    trade: str
+
+
+# In the order in which `auto` prefers them.
+KERNELS: MappingProxyType[str, Kernel] = MappingProxyType(
+    {
+        "flash_attn": Kernel(_flash_attn, _has_flash_attn, True, "one launch; the flash-attn package"),
+        "torch_varlen": Kernel(_torch_varlen, _has_torch_varlen, False, "one launch; PyTorch's copy of the flash kernel"),
+        "sdpa": Kernel(_sdpa, _anywhere, False, "one call per segment, no mask; lengths on the host"),
+        "flex": Kernel(_flex, _anywhere, True, "compiled; one block mask per batch; on a CPU forward only"),
+        "reference": Kernel(_reference, _anywhere, True, "dense T × T scores; the yardstick, also in float64"),
+    }
+)
+
+
+def kernel_table(device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> list[dict[str, object]]:
+    """Which kernels work on `device` (default: the GPU if there is one) in `dtype` (bfloat16 there, else float32), and why not.
+
+    >>> [row["kernel"] for row in kernel_table("cpu") if row["works"]]
+    ['sdpa', 'flex', 'reference']
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    reasons = {name: kernel.missing(device, dtype) for name, kernel in KERNELS.items()}
+    columns = ("kernel", "works", "why_not", "softcap", "trade")
+    return [dict(zip(columns, (name, not why, why, KERNELS[name].softcap, KERNELS[name].trade))) for name, why in reasons.items()]
+
+
+@cache
+def _resolve(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+    if kernel == "auto":
+        kernel = next(name for name, candidate in KERNELS.items() if not candidate.missing(device, dtype))
+        logger.info("packlib: kernel %s for %s on %s", kernel, str(dtype).removeprefix("torch."), device)
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel = {kernel!r}; known kernels: auto, {', '.join(KERNELS)}")
+    if reason := KERNELS[kernel].missing(device, dtype):
+        working = [name for name, other in KERNELS.items() if not other.missing(device, dtype)]
+        raise ValueError(f"kernel {kernel!r} does not work here: {reason}; working here: {', '.join(working)}")
+    return kernel
+
+
+def resolve_kernel(kernel: str, device: str | torch.device, dtype: torch.dtype) -> str:
+    """`kernel` itself, or what "auto" stands for on this device and dtype. ValueError if unknown or not working here."""
+    return _resolve(kernel, torch.device(device), dtype)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """Attention in which a token sees only its own segment.
+
+    Args:
+        query: [T, H, D] floating, all segments end to end.
+        key, value: [T, Hkv, D] and [T, Hkv, Dv], same device and dtype; H is a multiple of Hkv (grouped queries).
+        cu_seqlens: int32 [segments + 1] on `query.device`, from 0 to T: segment i is `cu_seqlens[i]:cu_seqlens[i + 1]`.
+        max_seqlen: length of the longest segment, tokens; an int, so that no kernel has to ask the device.
+        causal: a token sees itself and what comes before it; otherwise its whole segment.
+        window: tokens visible to the left, the token itself included (as many to the right if not causal); None for all.
+        scale: factor on q·k; default D ** -0.5.
+        softcap: scores become softcap · tanh(score / softcap), where the kernel has it.
+        kernel: a name in KERNELS, or "auto".
+
+    Returns [T, H, Dv] in `query.dtype`. Time O(Σ n²) (`reference`: O(T²)). Raises ValueError for shapes that do not fit, an
+    unknown or unavailable kernel, and an option that the kernel does not have.
+
+    >>> q = torch.ones(3, 1, 2); v = torch.tensor([1.0, 3.0, 5.0])[:, None, None]
+    >>> varlen_attention(q, q, v, torch.tensor([0, 2, 3], dtype=torch.int32), 2, kernel="sdpa").flatten().tolist()
+    [1.0, 2.0, 5.0]
+    """
+    _check(query, key, value, cu_seqlens, max_seqlen, window)
+    name = resolve_kernel(kernel, query.device, query.dtype)
+    if softcap and not KERNELS[name].softcap:
+        having = [n for n, k in KERNELS.items() if k.softcap and not k.missing(query.device, query.dtype)]
+        raise ValueError(f"kernel {name!r} has no softcap (softcap = {softcap}); these here have: {', '.join(having)}")
+    if window is not None and window >= max_seqlen:
+        window = None
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    call = Call(cu_seqlens, max_seqlen, causal, window, scale, softcap or None)
+    return KERNELS[name].function(query, key, value, call)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> None:
+    flat = q.ndim == k.ndim == v.ndim == 3 and len(q) == len(k) == len(v)
+    if not flat or k.shape[1] != v.shape[1] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"query, key, value have shapes {shapes}; expected [T, H, D], [T, Hkv, D], [T, Hkv, Dv], H = n · Hkv")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"query, key, value have dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected one")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device:
+        actual = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
+        raise ValueError(f"cu_seqlens is {actual}; expected torch.int32 [segments + 1] on {q.device}")
+    if not isinstance(max_seqlen, int):
+        raise ValueError(f"max_seqlen is a {type(max_seqlen).__name__}; expected an int: a tensor would synchronise every layer")
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window}; expected at least 1, or None")
+    if q.device.type != "cpu":  # reading values would synchronise; they come from lengths that the collator has checked
+        return
+    lengths = segment_lengths(cu_seqlens)
+    if not lengths or cu_seqlens[0] != 0 or sum(lengths) != len(q) or min(lengths) < 0 or max(lengths) > max_seqlen:
+        raise ValueError(
+            f"cu_seqlens runs from {cu_seqlens[0]} to {cu_seqlens[-1]}, longest segment {max(lengths, default=0)}; "
+            f"expected 0 to T = {len(q)}, never decreasing, none above max_seqlen = {max_seqlen}"
+        )

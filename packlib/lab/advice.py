@@ -1,0 +1,238 @@
+"""Will packing pay on this data? The lengths are planned with every strategy, and time and memory are predicted from the plans.
+
+`costs.py` has the model behind the prediction. The recommendation is one sentence, also when it is "do not pack".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from packlib.lab import records
+from packlib.lab.costs import Costs, calibrate, comparable
+from packlib.lab.strategies import STRATEGIES, Strategy, plan_for
+
+CAPACITIES = 2 ** np.arange(7, 18)
+WORTH = 1.05  # a speed-up below this is not worth a change
+MANY = 100_000  # the dynamic programme of dynapipe takes minutes above this
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One strategy on one epoch. speed_up: real tokens/s over padding's; *_error: relative, None where nothing was measured."""
+
+    strategy: str
+    label: str
+    rows: int
+    optimizer_steps: int
+    examples_per_step: float
+    waste: float
+    capacity_fill: float | None
+    broken_examples: int
+    speed_up: float
+    speed_up_error: float | None
+    peak_memory_bytes: float
+    peak_memory_error: float | None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What `advise` found; `str()` is the text for a terminal, `asdict` the JSON."""
+
+    data: dict[str, Any]
+    lost_by_capacity: dict[int, float]
+    strategies: list[Prediction]
+    notes: list[str]
+    recommendation: str
+
+    def __str__(self) -> str:
+        d = self.data
+        quantiles = f"mean {d['mean']:.0f}, p50 {d['p50']:.0f}, p99 {d['p99']:.0f}, longest {d['longest']:,}"
+        head = f"{d['examples']:,} examples, {d['tokens']:,} tokens; {quantiles}"
+        lost = "   ".join(f"{capacity:,}: {share:.1%}" for capacity, share in self.lost_by_capacity.items())
+        lines = [head, "", *text_histogram(d["histogram"]), "", f"tokens lost by truncating at   {lost}", ""]
+        lines.append(f"{'strategy':34}{'rows':>9}{'steps':>8}{'ex./step':>9}{'waste':>7}{'fill':>7}{'cut':>7}{'speed-up':>15}{'peak GB':>14}")
+        for p in self.strategies:
+            fill = "" if p.capacity_fill is None else f"{p.capacity_fill:.3f}"
+            speed, peak = _plus_minus(p.speed_up, p.speed_up_error), _plus_minus(p.peak_memory_bytes / 1e9, p.peak_memory_error)
+            lines.append(
+                f"{p.label:34}{p.rows:9,}{p.optimizer_steps:8,}{p.examples_per_step:9.1f}{p.waste:7.2f}{fill:>7}{p.broken_examples:7,}{speed:>15}{peak:>14}"
+            )
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes), "", self.recommendation])
+
+
+def advise(
+    lengths: Sequence[int] | np.ndarray, *, batch_size: int = 4, max_tokens: int = 4096, gradient_accumulation: int = 1, world_size: int = 1,
+    model: str | None = None, runs: Sequence[Mapping[str, Any]] = (), seed: int = 0,
+) -> Advice:  # fmt: skip
+    """Advice for examples of these lengths (tokens, integers [examples]); longer ones than `max_tokens` count as truncated.
+
+    batch_size: examples per mini-batch, or rows of max_tokens, as in `RunSpec`. model: a name that `build_model` takes; default: that of the
+    records, else mistral-7b. runs: records (`records.read_records`) to calibrate on. Raises `ValueError` as the planners do.
+    """
+    full = np.asarray(lengths)
+    kept = np.minimum(full, max_tokens) if full.dtype.kind in "iu" else full
+    chosen = comparable(runs, model)
+    model = model or (chosen[0]["spec"]["model"] if chosen else "mistral-7b")
+    time, memory = calibrate(chosen, model)
+    rated: list[tuple[Prediction, float]] = []
+    for strategy in STRATEGIES.values():
+        if strategy.trl is None and not (strategy.name == "dynapipe" and len(full) > MANY):
+            rated.append(_predict(strategy, kept, batch_size, max_tokens, gradient_accumulation, world_size, seed, time, memory, rated[:1]))
+    found = [prediction for prediction, _ in rated]
+    notes = _notes(found, full, max_tokens, model, chosen, time, world_size)
+    return Advice(describe(full), lost_by_capacity(full), found, notes, _recommend(found))
+
+
+def describe(lengths: np.ndarray) -> dict[str, Any]:
+    """Counts, quantiles in tokens, and a histogram over 14 equal steps of log length: (upper end, examples, share of tokens)."""
+    edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 15).round().astype(int))
+    examples, _ = np.histogram(lengths, edges)
+    tokens, _ = np.histogram(lengths, edges, weights=lengths / lengths.sum())
+    p50, p90, p99 = np.percentile(lengths, (50, 90, 99))
+    facts = {"examples": len(lengths), "tokens": int(lengths.sum()), "mean": float(lengths.mean()), "p50": p50, "p90": p90, "p99": p99}
+    return facts | {"longest": int(lengths.max()), "histogram": list(zip((edges[1:] - 1).tolist(), examples.tolist(), tokens.tolist()))}
+
+
+def text_histogram(histogram: Sequence[tuple[int, int, float]], width: int = 50) -> list[str]:
+    """One line a bin: `≤ 128 tokens ██████ 1,234 examples, 12 % of the tokens`."""
+    most = max(examples for _, examples, _ in histogram)
+    return [f"≤{top:>7,} tokens {'█' * round(width * n / most):{width}} {n:>9,} examples {share:>6.1%} of the tokens" for top, n, share in histogram]
+
+
+def lost_by_capacity(lengths: np.ndarray) -> dict[int, float]:
+    """Share of the tokens that truncation would lose, for powers of two up to the first that loses nothing."""
+    shares = {int(c): float(np.maximum(lengths - c, 0).sum() / lengths.sum()) for c in CAPACITIES}
+    first = next((c for c, share in shares.items() if share == 0), max(shares))
+    return {c: share for c, share in shares.items() if c <= first and (share < 0.9 or c == first)}
+
+
+def _predict(
+    strategy: Strategy, lengths: np.ndarray, batch_size: int, max_tokens: int, accumulation: int, world_size: int, seed: int,
+    time: Costs, memory: Costs, padding: Sequence[tuple[Prediction, float]],
+) -> tuple[Prediction, float]:  # fmt: skip
+    """The prediction and its real tokens per unit of time; `padding` is that of the baseline, once it is there."""
+    plan = plan_for(strategy, lengths, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
+    plan = plan.balance(world_size) if world_size > 1 else plan
+    report = plan.report(lengths, strategy.layout)
+    slots, pairs = plan.row_lengths, plan.row_lengths**2 if strategy.contaminated else plan.row_costs()
+    labelled = slots - plan.row_examples
+    if strategy.layout == "padded":
+        slots = np.maximum.reduceat(plan.stop - plan.start, plan.row_splits[:-1]).astype(np.int64) * plan.row_examples
+    batches = np.arange(0, len(plan), strategy.rows_per_batch(batch_size))
+    slots, labelled, pairs = (np.add.reduceat(x, batches) for x in (slots, labelled, pairs))
+    seconds = np.pad(time(slots, labelled, pairs), (0, -len(slots) % world_size)).reshape(-1, world_size)
+    rate = report.real_tokens / seconds.max(axis=1).sum()  # ranks wait for the slowest
+    steps = -(-len(seconds) // accumulation)
+    peak = float(memory(slots.max(), 0.0, 0.0))
+    prediction = Prediction(
+        strategy.name, strategy.label, report.rows, steps, report.examples / steps, report.waste, report.capacity_fill, report.broken_examples,
+        rate / padding[0][1] if padding else 1.0, time.error if padding else 0.0, peak, memory.error,
+    )  # fmt: skip
+    return prediction, rate
+
+
+def _notes(
+    found: Sequence[Prediction], lengths: np.ndarray, max_tokens: int, model: str, runs: Sequence[Mapping[str, Any]], time: Costs, world_size: int
+) -> list[str]:
+    notes, padding = [], found[0]
+    if over := int((lengths > max_tokens).sum()):
+        lost = np.maximum(lengths - max_tokens, 0).sum() / lengths.sum()
+        share = f"{over:,} examples ({over / len(lengths):.1%})"
+        notes.append(f"{share} are longer than {max_tokens:,} tokens; truncating them loses {lost:.1%} of the tokens.")
+    fewer = min((p for p in found if not STRATEGIES[p.strategy].contaminated), key=lambda p: p.optimizer_steps)
+    if (times := padding.optimizer_steps / fewer.optimizer_steps) > 1.2:
+        notes.append(
+            f"Steps: {fewer.label} takes {fewer.optimizer_steps:,} optimiser steps an epoch, padding {padding.optimizer_steps:,}. At padding's "
+            f"learning rate the model then moves less: keep the examples per step (smaller batches, `constant_examples`), or raise the rate, "
+            f"with Adam by about √{times:.1f} = {times**0.5:.1f} × as a start, and compare validation loss at equal examples. Mini-batch packing "
+            f"changes no step."
+        )
+    if broken := [p.label for p in found if p.broken_examples]:
+        notes.append(f"{' and '.join(broken)} cut examples in two; without PosID neighbours also see each other, which costs quality.")
+    if time.error is None:
+        notes.append(
+            f"No records to calibrate on: speed-ups are ratios of {model}'s FLOPs, without fixed costs, and their error is unknown. "
+            f"`python -m packlib reproduce` makes records; name their run with --records."
+        )
+        return notes
+    measured, device = runs[0]["spec"]["model"], runs[0]["environment"]["device"]
+    notes.append(f"Calibrated on {time.runs} runs of {measured} on {device}; ± is the largest error when a strategy is predicted from the others.")
+    beyond = []
+    if measured != model:
+        beyond.append(f"{model} was not measured, its costs are scaled by FLOPs and its memory comes from a formula")
+    for name, value in (("world size", world_size), ("max_tokens", max_tokens)):
+        known = max(r["spec"][name.replace(" ", "_")] for r in runs)
+        if value > known:
+            beyond.append(f"{name} {value:,} is above the {known:,} measured")
+    wastes = [r["plan"]["waste"] for r in runs]
+    if padding.waste > 1.1 * max(wastes):
+        beyond.append(f"padding's waste of {padding.waste:.2f} is above the {max(wastes):.2f} measured")
+    if beyond:
+        notes.append(f"Extrapolating: {'; '.join(beyond)}.")
+    return notes
+
+
+def _recommend(found: Sequence[Prediction]) -> str:
+    by_name = {p.strategy: p for p in found}
+    padding, grouped, packed, multi = (by_name[n] for n in ("padding", "group_by_length", "minibatch_packing", "multipack_posid"))
+    error = packed.speed_up_error or 0.0
+    waste = f"padding spends {padding.waste:.2f} slots on a token"
+    if max(packed.speed_up, multi.speed_up) < WORTH:
+        return f"Do not pack: {waste}, so packing would gain {max(packed.speed_up, multi.speed_up) - 1:.0%} at most."
+    if packed.speed_up < WORTH:
+        return (
+            f"Mini-batch packing is not worth it ({waste}); multipack would run {multi.speed_up:.2f} × as fast by fuller batches, with "
+            f"{multi.optimizer_steps:,} instead of {padding.optimizer_steps:,} steps an epoch, so only if you can retune the learning rate."
+        )
+    if packed.speed_up * (1 - error) < WORTH:
+        gain = f"the predicted {packed.speed_up:.2f} × is within the error of ±{error:.0%}"
+        return f"Probably not worth it: {waste}, and {gain}; measure before you switch."
+    also = ""
+    if grouped.speed_up > 0.95 * packed.speed_up:
+        also = f", though group by length gets {grouped.speed_up:.2f} × with one setting, at the price of less random batches"
+    elif multi.speed_up > 1.1 * packed.speed_up:
+        also = f"; multipack reaches {multi.speed_up:.2f} ×, with {padding.optimizer_steps / multi.optimizer_steps:.1f} × fewer optimiser steps"
+    return f"Pack your mini-batches (minibatch_packing): {waste}, the same steps run {packed.speed_up:.2f} × as fast{also}."
+
+
+def _plus_minus(value: float, error: float | None) -> str:
+    return f"{value:.2f} ± ?" if error is None else f"{value:.2f} ± {value * error:.2f}" if error else f"{value:.2f}       "
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `python -m packlib advise`."""
+    parser.add_argument("data", help="a built-in corpus, a JSON lines file (.jsonl, .jsonl.gz), or hub:org/name")
+    parser.add_argument("--tokenizer", default="bpe", help="bpe, a Hugging Face name or a folder (default: bpe, trained on the data)")
+    parser.add_argument("--model", help="a name in MODELS, a Hugging Face name or a folder (default: the model of the records)")
+    parser.add_argument("--batch-size", type=int, default=4, help="examples per mini-batch (default: 4)")
+    parser.add_argument("--max-tokens", type=int, default=4096, help="longest example, capacity of a row (default: 4096)")
+    parser.add_argument("--gradient-accumulation", type=int, default=1, help="micro-batches per optimiser step (default: 1)")
+    parser.add_argument("--world-size", type=int, default=1, help="ranks that train together (default: 1)")
+    parser.add_argument("--records", default="cpu", help="run folder to calibrate on (default: cpu; ignored where it has no records)")
+    parser.add_argument("--limit", type=int, help="look at a random subset of so many examples")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """The advice as text, or as JSON with --json."""
+    from packlib.lab.corpora import load_corpus
+
+    corpus = load_corpus(arguments.data, tokenizer=arguments.tokenizer, limit=arguments.limit)
+    options = {name: getattr(arguments, name) for name in ("batch_size", "max_tokens", "gradient_accumulation", "world_size", "model")}
+    advice = advise(corpus.lengths, runs=read_runs(arguments.records), **options)
+    if arguments.json:
+        return json.dumps({"corpus": corpus.name, "tokenizer": corpus.tokenizer_name} | options | asdict(advice), indent=1)
+    return f"{corpus.name}, tokenizer {corpus.tokenizer_name}: {advice}"
+
+
+def read_runs(run: str | Path) -> list[dict[str, Any]]:
+    """Records of a run folder (a bare name lies under papermill_runs/); none where there is no such folder."""
+    folder = Path(run) if len(Path(run).parts) > 1 else records.project_root() / "papermill_runs" / run
+    return records.read_records(folder) if (folder / "records").is_dir() else []

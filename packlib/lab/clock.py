@@ -1,0 +1,141 @@
+"""What a run is measured with: a collator that counts, a callback that marks steps, and the peak of memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from packlib.collators import IGNORE_INDEX
+from packlib.lab.experiment import RunSpec
+
+COUNTS = ("slots", "tokens", "loss_tokens", "examples")  # tokens: real ones
+
+
+class Counter:
+    """A collator that counts what it hands over: one entry of COUNTS a micro-batch, on the host."""
+
+    def __init__(self, collator: Callable[[list], Mapping[str, Any]]) -> None:
+        self.collator = collator
+        self.batches: list[tuple[int, ...]] = []
+
+    def __call__(self, features: list) -> Mapping[str, Any]:
+        batch = self.collator(features)
+        ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+        sequences = len(ids) if mask is not None else int((positions == 0).sum())
+        real = ids.numel() if mask is None else int(mask.sum())
+        self.batches.append((ids.numel(), real, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()), sequences))
+        return batch
+
+    def per_step(self, accumulation: int, ends: list[float]) -> np.ndarray:
+        """int64 [steps, len(COUNTS)]: the micro-batches of each optimiser step, in the order they were collated, over all ranks."""
+        counts = np.array(self.batches, dtype=np.int64)
+        starts = np.arange(0, len(counts), accumulation)[: len(ends)]
+        steps = np.add.reduceat(counts, starts, axis=0)
+        if len(counts) > len(starts) * accumulation:  # collated ahead but never trained on
+            steps[-1] = counts[starts[-1] : starts[-1] + accumulation].sum(axis=0)
+        if torch.distributed.is_initialized():
+            total = torch.from_numpy(steps).to("cuda" if torch.cuda.is_available() else "cpu")
+            torch.distributed.all_reduce(total)
+            steps = total.cpu().numpy()
+        return steps
+
+
+class StepClock(TrainerCallback):
+    """Marks the begin and end of every optimiser step, reports progress, evaluates between steps."""
+
+    def __init__(self, spec: RunSpec, device: torch.device, progress: Callable[[str], None], evaluate: Callable[[], dict] | None) -> None:
+        self.spec, self.device, self.progress, self.evaluate = spec, device, progress, evaluate
+        self.begins: list[Any] = []
+        self.ends: list[Any] = []
+        self.evaluations: list[dict[str, float]] = []
+        self.said = time.monotonic()
+
+    def _mark(self) -> Any:
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            _reset_peak_rss()
+        self.begins.append(self._mark())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(self._mark())
+        every = self.spec.eval_every
+        if self.evaluate and every and state.global_step % every == 0:
+            self.evaluations.append({"step": state.global_step} | self.evaluate())
+        if time.monotonic() - self.said > 5:
+            self.said = time.monotonic()
+            self.progress(f"step {state.global_step}/{state.max_steps}")
+        self.begins.append(self._mark())
+
+    def seconds(self) -> np.ndarray:
+        """float64 [steps]"""
+        if self.device.type == "cpu":
+            return np.subtract(self.ends, self.begins[: len(self.ends)])
+        torch.cuda.synchronize()
+        return np.array([b.elapsed_time(e) / 1e3 for b, e in zip(self.begins, self.ends)])
+
+    def metrics(self, counts: np.ndarray, spec: RunSpec) -> dict[str, Any]:
+        measured = slice(min(spec.warmup_steps, len(self.ends) - 1), None)
+        seconds, counts = self.seconds()[measured], counts[measured]
+        slots, real, predicted, sequences = counts.T
+
+        def spread(values: np.ndarray, mean: float) -> dict[str, float]:
+            p20, p50, p80 = np.percentile(values, [20, 50, 80])
+            return {"p20": float(p20), "p50": float(p50), "p80": float(p80), "mean": float(mean)}
+
+        def rate(tokens: np.ndarray) -> dict[str, float]:
+            return spread(tokens / seconds, tokens.sum() / seconds.sum())
+
+        return {
+            "tokens_per_s": rate(real), "slots_per_s": rate(slots), "loss_tokens_per_s": rate(predicted),
+            "step_seconds": spread(seconds, seconds.mean()),
+            "measured_steps": len(seconds), "measured_fill": float(real.sum() / slots.sum()), "measured_waste": float(slots.sum() / real.sum()),
+            "tokens_per_step": float(real.mean()), "slots_per_step": float(slots.mean()), "examples_per_step": float(sequences.mean()),
+        } | _peak_memory(self.device)  # fmt: skip
+
+    def trace(self, counts: np.ndarray, history: list[dict[str, Any]]) -> dict[str, Any]:
+        logged = {entry["step"]: entry for entry in history if "loss" in entry}
+        steps = range(1, len(self.ends) + 1)
+        return {
+            "step": list(steps),
+            "seconds": np.cumsum(self.seconds()).round(6).tolist(),
+            **{name: np.cumsum(counts[:, i]).tolist() for i, name in enumerate(COUNTS)},
+            "loss": [logged.get(s, {}).get("loss") for s in steps],
+            "grad_norm": [logged.get(s, {}).get("grad_norm") for s in steps],
+            "evaluations": self.evaluations,
+        }
+
+
+def _peak_memory(device: torch.device) -> dict[str, int | None]:
+    if device.type == "cuda":
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_reserved_bytes": torch.cuda.max_memory_reserved()}
+    return {"peak_memory_bytes": _peak_rss(), "peak_reserved_bytes": None}
+
+
+def _reset_peak_rss() -> None:
+    gc.collect()
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the process's own, model building included
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_rss() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None

@@ -1,0 +1,285 @@
+"""Corpora: names -> tokenized examples. Three built-in ones need no network and have the shapes of the paper's three.
+
+`pydocs` (signature and docstring -> body) has FLAN's heavy tail, `arithmetic` (word problems with worked solutions)
+OrcaMath's narrow spread, `pysource` (standard-library modules) The Stack's long files. JSON lines, Hub names and
+tokenized `.npz` files load the same way. Contents never depend on the seed: it only picks which `limit` examples are
+kept. Prompt and response are tokenized apart, as at inference, so that the loss mask is exact; EOS ends every example.
+"""
+
+import ast
+import dataclasses
+import functools
+import gzip
+import hashlib
+import json
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from packlib.lab import tokenizers
+
+IGNORE_INDEX = -100
+EVAL_SHARE = 16  # one example in 16, chosen by its own hash, is for evaluation
+HUB_EXAMPLES = 20_000  # the paper's subsets
+FORMAT = 1  # part of the cache key: raise it when a builder at the end of this file changes
+METADATA = ("name", "split", "tokenizer_name", "vocab_size", "eos_token_id", "pad_token_id")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Tokenized examples of one split. `lengths` and `loss_tokens`: int64 `[examples]`, in tokens.
+
+    dataset: arrow-backed `input_ids` and `labels`, lists of int32; labels are -100 where no loss is wanted.
+    loss_tokens: predicted positions (never an example's first one). sha256: of ids, labels and lengths.
+    """
+
+    name: str
+    split: str
+    dataset: datasets.Dataset
+    lengths: np.ndarray
+    loss_tokens: np.ndarray
+    tokenizer_name: str
+    vocab_size: int
+    eos_token_id: int
+    pad_token_id: int
+    sha256: str
+
+    @classmethod
+    def from_arrays(cls, input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, **metadata: Any) -> "Corpus":
+        """From flat ids and labels, integers `[tokens]`, and the lengths of the examples; metadata: the other fields.
+
+        >>> meta = dict(name="x", split="train", tokenizer_name="t", vocab_size=5, eos_token_id=0, pad_token_id=0)
+        >>> corpus = Corpus.from_arrays(np.arange(5), np.array([0, 1, -100, -100, 4]), np.array([2, 3]), **meta)
+        >>> corpus.loss_tokens.tolist(), corpus.dataset[1]["input_ids"]
+        ([1, 1], [2, 3, 4])
+        """
+        ids, labels = (np.ascontiguousarray(values, np.int32) for values in (input_ids, labels))
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        sha256 = hashlib.sha256(b"".join(array.tobytes() for array in (ids, labels, offsets))).hexdigest()
+        predicted = labels != IGNORE_INDEX
+        predicted[offsets[:-1]] = False
+        loss_tokens = np.diff(np.concatenate([[0], np.cumsum(predicted)])[offsets])
+        bounds, columns = pa.array(offsets, pa.int32()), {"input_ids": ids, "labels": labels}
+        table = pa.table({key: pa.ListArray.from_arrays(bounds, pa.array(flat)) for key, flat in columns.items()})
+        arrays = {"dataset": datasets.Dataset(table), "lengths": np.diff(offsets), "loss_tokens": loss_tokens}
+        return cls(**arrays, sha256=sha256, **metadata)
+
+    def _flat(self, column: str) -> np.ndarray:
+        return self.dataset.data.column(column).combine_chunks().flatten().to_numpy()
+
+    def subset(self, examples: np.ndarray) -> "Corpus":
+        """The examples at these sorted indices."""
+        kept = np.repeat(np.isin(np.arange(len(self.lengths)), examples), self.lengths)
+        metadata = {key: getattr(self, key) for key in METADATA}
+        flat = (self._flat(key)[kept] for key in ("input_ids", "labels"))
+        return Corpus.from_arrays(*flat, self.lengths[examples], **metadata)
+
+    def save(self, path: str | Path) -> None:
+        """Write tokens, lengths and metadata (no text) as `.npz`, for hosts without network; fills in `{split}`."""
+        metadata = json.dumps({key: getattr(self, key) for key in (*METADATA, "sha256")})
+        flat = {key: self._flat(key) for key in ("input_ids", "labels")}
+        np.savez_compressed(str(path).replace("{split}", self.split), **flat, lengths=self.lengths, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Corpus":
+        """Read what `save` wrote. Raises ValueError when the tokens are not those that were saved."""
+        with np.load(path, allow_pickle=False) as file:
+            metadata = json.loads(str(file["metadata"]))
+            saved, flat = metadata.pop("sha256"), [file[key] for key in ("input_ids", "labels", "lengths")]
+        corpus = cls.from_arrays(*flat, **metadata)
+        if corpus.sha256 != saved:
+            raise ValueError(f"{path} is damaged: its tokens have sha256 {corpus.sha256[:12]}, saved were {saved[:12]}")
+        return corpus
+
+
+def load_corpus(
+    name: str, *, split: str = "train", tokenizer: str = "bpe", loss: str = "full", limit: int | None = None,
+    seed: int = 0,
+) -> Corpus:  # fmt: skip
+    """Tokenized examples of a corpus, in the order of the corpus.
+
+    name: one of `CORPORA`, `hub:ORG/NAME`, or a path: JSON lines (`.jsonl`, `.jsonl.gz`) or `.npz` from `Corpus.save`.
+    A path may contain `{split}`; JSON lines without it are split by each example's hash, so that train and eval stay
+    disjoint whatever `limit` is. tokenizer: `bpe` or `bpe:SIZE` (trained on the train split), `mistral`, a Hugging Face
+    name, a folder or a .gguf path. loss: `full`, or `response` (prompts labelled -100). limit: size of a seeded subset.
+    Raises ValueError (unknown name or option, broken line, empty example, nothing left) and FileNotFoundError.
+    """
+    for key, value, known in (("split", split, ("train", "eval")), ("loss", loss, ("full", "response"))):
+        if value not in known:
+            raise ValueError(f"{key} = {value!r}; expected one of {', '.join(known)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit = {limit}; expected at least 1, or None for every example")
+
+    def keep(count: int) -> np.ndarray:
+        return np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(count)[:limit])
+
+    if name.endswith(".npz"):
+        corpus = Corpus.load(name.replace("{split}", split))
+        if corpus.split != split:
+            raise ValueError(f"{name} holds the split {corpus.split}, not {split}")
+        return corpus if limit is None else corpus.subset(keep(len(corpus.lengths)))
+    rows = _rows(name, split)
+    if not rows:
+        raise ValueError(f"corpus {name!r} has no examples left in split {split!r}")
+    tok = load_tokenizer(tokenizer, name)
+    ids, trained, lengths = tokenizers.tokenize([_pieces(rows[i], tok) for i in keep(len(rows))], tok)
+    labels = ids if loss == "full" else np.where(trained, ids, IGNORE_INDEX)
+    short = Path(name.replace("_{split}", "")).name.split(".jsonl")[0] if ".jsonl" in name else name
+    called = Path(tokenizer).name if Path(tokenizer).exists() else tokenizer  # no folder of this machine in records
+    facts = (short, split, called, len(tok), tok.eos_token_id, tok.pad_token_id)
+    return Corpus.from_arrays(ids, labels, lengths, **dict(zip(METADATA, facts, strict=True)))
+
+
+def load_tokenizer(name: str = "bpe", corpus: str | None = None) -> Any:
+    """Tokenizer by name; `bpe` and `bpe:SIZE` are trained on the train split of `corpus`, named as for load_corpus."""
+    kind, _, size = name.partition(":")
+    if kind != "bpe":
+        return tokenizers.open_tokenizer(name)
+    if corpus is None or not (size or "0").isdigit():
+        raise ValueError(f"tokenizer = {name!r}; expected bpe or bpe:SIZE, and a corpus to train it on")
+    texts = ["".join(text for text, _ in _pieces(row)) for row in _rows(corpus, "train")]
+    return tokenizers.train_bpe(texts, int(size or tokenizers.BPE_VOCAB))
+
+
+def _pieces(row: dict[str, Any], tokenizer: Any = None) -> list[tuple[str, bool]]:
+    """Prompt and response, the turns of a chat (by the tokenizer's chat template if it has one), or plain text."""
+    if "messages" not in row:
+        return [(row["prompt"] + "\n", False), (row["response"], True)] if "response" in row else [(row["text"], True)]
+    turns, pieces, done = row["messages"], [], ""
+    if not getattr(tokenizer, "chat_template", None):
+        return [(f"{turn['role']}: {turn['content']}\n", turn["role"] == "assistant") for turn in turns]
+    for i, turn in enumerate(turns):
+        if turn["role"] == "assistant":
+            head = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
+            whole = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
+            if not (head.startswith(done) and whole.startswith(head)):
+                raise ValueError("this chat template rewrites earlier turns; use prompt and response, not messages")
+            pieces += [(head[len(done) :], False), (whole[len(head) :], True)]
+            done = whole
+    return [*pieces[:-1], (pieces[-1][0].rstrip().removesuffix(tokenizer.eos_token), True)]  # tokenize() adds the EOS
+
+
+def _rows(name: str, split: str) -> list[dict[str, Any]]:
+    path = Path(name.replace("{split}", split))
+    if name in CORPORA or name.startswith("hub:"):
+        key = hashlib.sha256(f"{name} {sys.version} {FORMAT}".encode()).hexdigest()[:12]
+        path = tokenizers.cache_folder() / f"{name.replace(':', '-').replace('/', '-')}-{key}.jsonl"
+        if not path.exists():
+            build = CORPORA.get(name) or functools.partial(_hub, name.removeprefix("hub:"))
+            lines = dict.fromkeys(json.dumps(row) + "\n" for row in build())  # each example once
+            tokenizers.write_atomically(path, "".join(lines))
+    elif not name.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"unknown corpus {name!r}; known: {', '.join(CORPORA)}, hub:ORG/NAME, .jsonl, .jsonl.gz, .npz")
+    return [row for row in _read(path) if "{split}" in name or _in_eval(row) == (split == "eval")]
+
+
+def _in_eval(row: dict[str, Any]) -> bool:
+    asked = json.dumps(row.get("prompt") or row, sort_keys=True)  # one prompt with two responses stays in one split
+    return int(hashlib.sha256(asked.encode()).hexdigest()[:8], 16) % EVAL_SHARE == 0
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+                if problem := _problem(row):
+                    raise ValueError(f"{path}, line {number}: {problem}")
+                yield row
+
+
+def _problem(row: Any) -> str | None:
+    match row:
+        case {"messages": [*turns]} if all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
+            learned = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        case {"prompt": str(), "response": str(text)} | {"text": str(text)}:
+            learned = [text]
+        case _:
+            return f"expected prompt and response, messages, or text; found {str(row)[:80]}"
+    return None if any(text.strip() for text in learned) else "empty example: it has no response to learn"
+
+
+def _hub(path: str, **options: Any) -> list[dict[str, Any]]:
+    stream = datasets.load_dataset(path, **options, split="train", streaming=True).shuffle(seed=0, buffer_size=10_000)
+    renamed = ({COLUMNS[key]: value for key, value in row.items() if key in COLUMNS} for row in stream)
+    rows = list(islice((row for row in renamed if _problem(row) is None), HUB_EXAMPLES))
+    if not rows:
+        raise ValueError(f"hub:{path} has no example with one of the columns {', '.join(COLUMNS)}")
+    return rows
+
+
+COLUMNS = {key: key for key in ("prompt", "response", "messages", "text")} | {"content": "text"}
+COLUMNS |= {"inputs": "prompt", "targets": "response", "question": "prompt", "answer": "response"}
+
+# Not read: tests, data tables, and what a distribution may leave out or the machine generates.
+SKIPPED = {"test", "tests", "idle_test", "encodings", "pydoc_data", "idlelib", "turtledemo", "tkinter", "ensurepip"}
+SKIPPED |= {"site-packages", "dist-packages", "sitecustomize.py"}
+
+
+def _modules() -> Iterator[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if SKIPPED.isdisjoint(parts) and "_sysconfigdata" not in path.name and "config-" not in parts[0]:
+            yield path.read_text(encoding="utf-8")
+
+
+def _pydocs() -> Iterator[dict[str, str]]:
+    for source in _modules():
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) and node.body[1:]:
+                code = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
+                cut = node.body[0].end_lineno - node.lineno + 1
+                row = {"prompt": "\n".join(code[:cut]), "response": "\n".join(code[cut:]).strip("\n")}
+                if row["response"].strip():  # empty where docstring and body share a line
+                    yield row
+
+
+def _arithmetic(count: int = 6000) -> Iterator[dict[str, str]]:
+    rng = np.random.Generator(np.random.PCG64(240709105))
+    for _ in range(count):
+        who, other = rng.choice(PEOPLE, 2, replace=False)
+        what, have = rng.choice(THINGS), int(rng.integers(5, 60))
+        story, work = [f"{who} has {have} {what}."], []
+        for _ in range(rng.integers(2, 7)):
+            n = int(rng.integers(2, 10))
+            after = {"+": have + n, "-": have - n, "*": have * n, "/": have // n}
+            possible = [e for e in EVENTS if 0 < after[e[0]] < 999 and (e[0] != "/" or have % n == 0)]
+            sign, event, step = possible[rng.integers(len(possible))]
+            story.append(event.format(who=who, other=other, what=what, n=n))
+            work.append(f"{step.format(who=who, what=what, n=n)}: {have} {sign} {n} = {after[sign]}.")
+            have = after[sign]
+        story.append(f"How many {what} does {who} have now?")
+        yield {"prompt": " ".join(story), "response": "\n".join([*work, f"The answer is {have}."])}
+
+
+PEOPLE = ["Ada", "Ben", "Chen", "Dina", "Emil", "Fatou", "Hana", "Ivo", "Jaya", "Kofi", "Lena", "Nils", "Olga", "Sami"]
+THINGS = ["apples", "marbles", "stamps", "pencils", "shells", "coins", "books", "buttons", "candles", "beads", "cards"]
+EVENTS = [  # sign, what happens, how it is worked out
+    ("+", "{other} brings {n} more as a present.", "The present is added"),
+    ("+", "While cleaning up, {who} finds {n} {what} that had rolled under the bed.", "{who} adds the {n} found"),
+    ("-", "{who} sells {n} of the {what} to {other} at the market.", "Selling {n} leaves"),
+    ("-", "On the way home {n} of them are lost.", "Without the {n} lost {what} there are"),
+    ("*", "A week later {who} has {n} times as many {what}.", "{n} times as many {what} are"),
+    ("/", "{who} shares all of them equally among {n} people and keeps one share.", "One of {n} equal shares is"),
+]
+CORPORA: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+    "pydocs": _pydocs,
+    "arithmetic": _arithmetic,
+    "pysource": lambda: ({"text": source} for source in _modules() if source.strip()),
+    "flan": functools.partial(_hub, "Open-Orca/FLAN"),
+    "orcamath": functools.partial(_hub, "microsoft/orca-math-word-problems-200k"),
+    "stack": functools.partial(_hub, "bigcode/the-stack-smol", data_dir="data/python"),
+}

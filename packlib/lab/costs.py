@@ -1,0 +1,160 @@
+"""Time and memory of a micro-batch from its slots and Σ n²: three costs, small enough to check by hand.
+
+    seconds = slot · work + pair · Σ n² + batch        peak bytes = slot · slots of the largest micro-batch + batch (what is always there)
+
+work: slots; on a GPU less the output head's share for slots without a label, which TRL's fused loss skips there. The costs are
+fitted to records of measured runs by non-negative least squares on relative errors. Their error is the largest that appears when each strategy in
+turn is left out and predicted from the others. Without records, FLOPs alone decide, and no error can be given.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from packlib.lab import models
+from packlib.lab.strategies import STRATEGIES
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Cost per slot, per pair of tokens (Σ n²) and per micro-batch, in seconds or bytes (uncalibrated: in FLOPs); `error` is relative.
+
+    head: share of a slot's work that only a slot with a label costs.
+    """
+
+    slot: float
+    pair: float
+    batch: float
+    error: float | None
+    runs: int = 0
+    head: float = 0.0
+
+    def __call__(self, slots: np.ndarray | float, labelled: np.ndarray | float, pairs: np.ndarray | float, batches: float = 1.0) -> Any:
+        return self.slot * ((1 - self.head) * slots + self.head * labelled) + self.pair * pairs + self.batch * batches
+
+
+def comparable(runs: Sequence[Mapping[str, Any]], model: str | None = None) -> list[Mapping[str, Any]]:
+    """The largest group of finished runs of our strategies that share model, device, kernel and dtype: of `model`, if there are any of it."""
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for r in runs:
+        if r["status"] == "ok" and STRATEGIES[r["spec"]["strategy"]].trl is None:
+            key = r["environment"]["device"], *(r["spec"].get(name) for name in ("model", "kernel", "dtype", "layers", "gradient_checkpointing"))
+            groups.setdefault(key, []).append(r)
+    return max(groups.values(), key=lambda group: (group[0]["spec"]["model"] == model, len(group)), default=[])
+
+
+def calibrate(runs: Sequence[Mapping[str, Any]], model: str) -> tuple[Costs, Costs]:
+    """Costs of `model`, in seconds and in peak bytes.
+
+    runs: records of status `ok` of one model, of at least three strategies (fewer calibrate nothing). Where it is another model than `model`,
+    time is scaled by FLOPs and memory comes from a formula.
+    """
+    config = models.model_config(model)
+    flops, pair_flops, head = models.flops_per_token(config), models.attention_flops_per_token(config, 1.0) / 2, _head_share(model, runs)
+    names = [r["spec"]["strategy"] for r in runs]
+    if len(set(names)) < 3:
+        return Costs(flops, pair_flops, 0.0, None, head=head), _memory_by_formula(config, 4)
+    other = runs[0]["spec"]["model"]
+    time = replace(_fit_time(runs), head=head)
+    with_memory = [r for r in runs if r["metrics"].get("peak_memory_bytes")]
+    if other != model or len(with_memory) < len(runs):
+        scale = models.model_config(other)
+        slot = time.slot * flops / models.flops_per_token(scale)
+        pair = time.pair * pair_flops * 2 / models.attention_flops_per_token(scale, 1.0)
+        return replace(time, slot=slot, pair=pair), _memory_by_formula(config, 4)
+    features = [(largest_batch(r), 0.0, 1.0) for r in runs]
+    return time, _fit(features, [r["metrics"]["peak_memory_bytes"] for r in runs], names)
+
+
+def _fit_time(runs: Sequence[Mapping[str, Any]]) -> Costs:
+    """Seconds; `slot` is the cost of a slot with a label."""
+    costs = Costs(1.0, 0.0, 0.0, None, head=_head_share(runs[0]["spec"]["model"], runs))
+    features = [(costs(slots, labelled, 0.0), pairs, batches) for slots, labelled, pairs, batches in map(time_features, runs)]
+    seconds, names = np.array([r["metrics"]["step_seconds"]["mean"] for r in runs]), [r["spec"]["strategy"] for r in runs]
+    _, corpus = np.unique([r["spec"].get("corpus", "") for r in runs], return_inverse=True)
+    pace = np.ones(len(runs))  # corpora are measured one after the other: a factor each, so that drift of the machine is not taken for a cost
+    for _ in range(20):
+        fitted = _fit(features, seconds / pace, names)
+        log_ratio = np.log(seconds / [fitted.slot * work + fitted.pair * pairs + fitted.batch * batches for work, pairs, batches in features])
+        pace = np.exp((np.bincount(corpus, log_ratio) / np.bincount(corpus))[corpus] - log_ratio.mean())
+    return replace(fitted, head=costs.head)
+
+
+def _head_share(model: str, runs: Sequence[Mapping[str, Any]]) -> float:
+    """TRL scores positions without a label too where there is no Triton, and so on a CPU."""
+    if not runs or not runs[0]["environment"].get("cuda"):
+        return 0.0
+    count = models.parameter_count(models.model_config(model))
+    return count.head / (count.active + count.head)
+
+
+def time_features(run: Mapping[str, Any]) -> tuple[float, float, float, float]:
+    """Slots, slots with a label, Σ n² and micro-batches of the mean optimiser step on one rank."""
+    spec, plan, metrics = run["spec"], run["plan"], run["metrics"]
+    pairs = plan["attention_cost"] / plan["real_tokens"]
+    if STRATEGIES[spec["strategy"]].contaminated:
+        pairs = spec["max_tokens"]
+    ranks, labelled = spec["world_size"], metrics["loss_tokens_per_s"]["mean"] * metrics["step_seconds"]["mean"]
+    return metrics["slots_per_step"] / ranks, labelled / ranks, pairs * metrics["tokens_per_step"] / ranks, spec["gradient_accumulation"]
+
+
+def largest_batch(run: Mapping[str, Any]) -> float:
+    """Slots of the largest micro-batch of a run (of the mean one of its largest step)."""
+    steps = np.diff(run["trace"]["slots"], prepend=0)
+    return steps.max() / run["spec"]["gradient_accumulation"] / run["spec"]["world_size"]
+
+
+def _fit(features: Sequence[tuple[float, ...]], values: Sequence[float], groups: Sequence[str]) -> Costs:
+    def solve(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        best, chosen = np.inf, np.zeros(3)
+        for columns in itertools.chain.from_iterable(itertools.combinations(range(3), k) for k in (1, 2, 3)):
+            part = (x / y[:, None])[:, columns]  # relative errors: a slow strategy does not outweigh a fast one
+            solution = np.linalg.lstsq(part, np.ones(len(y)), rcond=None)[0]
+            error = float(((part @ solution - 1) ** 2).sum())
+            if (solution >= 0).all() and error < best * (1 - 1e-9):
+                best, chosen = error, np.zeros(3)
+                chosen[list(columns)] = solution
+        return chosen
+
+    x, y = np.array(features, dtype=float), np.array(values, dtype=float)
+    names, errors = np.array(groups), []
+    for name in np.unique(names):
+        inside = names == name
+        errors.extend(np.abs(x[inside] @ solve(x[~inside], y[~inside]) / y[inside] - 1))
+    return Costs(*solve(x, y).tolist(), error=float(max(errors)), runs=len(y))
+
+
+def _memory_by_formula(config: Any, itemsize: int) -> Costs:
+    """Weights, gradients and Adam's two moments; 17 activations of hidden size per layer and slot (2205.05198), three rows of logits."""
+    count = models.parameter_count(config)
+    per_slot = 17 * itemsize * config.num_hidden_layers * config.hidden_size + 3 * 4 * config.vocab_size
+    return Costs(per_slot, 0.0, 4 * itemsize * count.total, None)
+
+
+def held_out(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Speed-ups over padding, measured and predicted from the other strategies' runs: `corpus, strategy, measured, predicted, error`.
+
+    Compares runs of one corpus, batch size, capacity and accumulation among `comparable` ones, repeats averaged; empty without padding or with
+    fewer than three other strategies.
+    """
+    rows, settings = [], ("corpus", "batch_size", "max_tokens", "gradient_accumulation", "world_size")
+    runs = comparable(runs)
+    names = list(dict.fromkeys(r["spec"]["strategy"] for r in runs))
+    for name in names if len(names) > 3 else ():
+        costs = _fit_time([r for r in runs if r["spec"]["strategy"] != name])
+        groups: dict[tuple, dict[str, list[tuple[float, float]]]] = {}
+        for r in runs:
+            rate, tokens = r["metrics"]["tokens_per_s"]["mean"], r["metrics"]["tokens_per_step"]
+            group = groups.setdefault(tuple(r["spec"][key] for key in settings), {})
+            group.setdefault(r["spec"]["strategy"], []).append((rate, tokens / costs(*time_features(r))))
+        for key, group in groups.items():
+            if name != "padding" and "padding" in group and name in group:
+                measured, predicted = np.mean(group[name], axis=0) / np.mean(group["padding"], axis=0)
+                rows.append((key[0], name, measured, predicted, predicted / measured - 1))
+    return pd.DataFrame(rows, columns=["corpus", "strategy", "measured", "predicted", "error"])

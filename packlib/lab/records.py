@@ -1,0 +1,181 @@
+"""One JSON file per run, written atomically and never overwritten; a folder of them loads as a DataFrame.
+
+`papermill_runs/<run>/records/<run_id>.json` holds `run_id, status, error, spec, environment, plan, metrics, trace` (DESIGN: units are in
+the key or SI; a missing value is null, never 0). Figures and tables read records, so they can be redrawn on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+def project_root() -> Path:
+    """The checkout that holds notebooks/ and papermill_runs/; the working directory where there is none (an installed package)."""
+    here = Path.cwd()
+    for folder in (here, *here.parents, *Path(__file__).resolve().parents):
+        if (folder / "notebooks").is_dir() and (folder / "papermill_runs").is_dir():
+            return folder
+    return here
+
+
+def run_folder(run: str | Path) -> Path:
+    """`papermill_runs/<run>` of the checkout for a bare name; any other path as it is. Created if missing, with its `records/`."""
+    folder = Path(run)
+    if len(folder.parts) == 1:
+        folder = project_root() / "papermill_runs" / folder
+    (folder / "records").mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def run_id(spec: Mapping[str, Any]) -> str:
+    """Twelve hex digits that name a spec: the same spec is the same run, so a sweep resumes where it stopped."""
+    return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_json(path: Path, value: Mapping[str, Any], *, overwrite: bool = False) -> Path:
+    """Write one JSON file so that a reader sees all of it or nothing. Raises `FileExistsError` unless `overwrite`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+    try:
+        os.chmod(file.name, 0o644)
+        if overwrite:
+            os.replace(file.name, path)
+        else:
+            os.link(file.name, path)  # fails where the name is taken, unlike a rename
+    finally:
+        Path(file.name).unlink(missing_ok=True)
+    return path
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
+    """Write `record` as `<folder>/records/<run_id>.json`. Raises `FileExistsError` where that run has one already."""
+    return write_json(folder / "records" / f"{record['run_id']}.json", record)
+
+
+def read_record(folder: Path, identity: str) -> dict[str, Any] | None:
+    """The record of one run, or None."""
+    path = folder / "records" / f"{identity}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run folder, oldest first. Raises `ValueError` naming a file that is not a record."""
+    records = []
+    for path in sorted((folder / "records").glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            records.append((record["environment"]["created"], path.name, record))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path.name} is not a record: {error!r}") from None
+    return [record for *_, record in sorted(records, key=lambda item: item[:2])]
+
+
+def load_records(folder: Path | Iterable[Path]) -> pd.DataFrame:
+    """One row per run. Spec fields keep their names; the rest are dotted (`plan.fill`, `metrics.tokens_per_s.mean`). Traces are left out."""
+    folders = [folder] if isinstance(folder, Path) else list(folder)
+    rows = []
+    for record in (r for f in folders for r in read_records(f)):
+        rest = {key: record.get(key) for key in ("run_id", "status", "error", "environment", "plan", "metrics")}
+        rows.append(record["spec"] | pd.json_normalize(rest).iloc[0].to_dict())
+    return pd.DataFrame(rows)
+
+
+def load_traces(folder: Path) -> pd.DataFrame:
+    """One row per optimiser step: `run_id`, the spec's fields, `step`, `tokens` (cumulative real tokens), `seconds` (cumulative), `loss`, …"""
+    frames = [
+        pd.DataFrame(record["trace"]).assign(run_id=record["run_id"], **record["spec"])
+        for record in read_records(folder)
+        if record.get("trace") and record["trace"].get("step")
+    ]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def environment(data_sha256: str | None = None) -> dict[str, Any]:
+    """What a number depends on besides its spec. The host's name is left out on purpose."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        **_git(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "transformers", "trl", "datasets", "accelerate", "flash-attn")},
+        "cuda": torch.version.cuda,
+        "driver": _driver() if cuda else None,
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "device_count": torch.cuda.device_count() if cuda else 0,
+        "device_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
+        "threads": torch.get_num_threads(),
+        "data_sha256": data_sha256,
+        "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any]:
+    """SHA and dirtiness of the checkout; `PACKLIB_GIT_SHA` (with `-dirty`) where the code travels without its repository."""
+    sha = os.environ.get("PACKLIB_GIT_SHA")
+    if sha:
+        return {"git_sha": sha.removesuffix("-dirty"), "dirty": sha.endswith("-dirty")}
+
+    def git(*args: str) -> str | None:
+        done = subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        sha, status = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except FileNotFoundError:
+        sha, status = None, None
+    return {"git_sha": sha, "dirty": None if status is None else bool(status)}
+
+
+def _driver() -> str | None:
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (FileNotFoundError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"CPU ({name}, {os.cpu_count()} cores)"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def finish(folder: Path, notebook: str, title: str, findings: list[str], figures: Mapping[str, str] | None = None, **values: Any) -> None:
+    """What a notebook's last cell calls: shows the findings and writes `summaries/<notebook>.json`, the proof that it ran to its end.
+
+    findings: sentences whose numbers were computed. figures: name -> alt text of figures kept by `figures.show`. values: anything else to keep.
+    """
+    from IPython.display import Markdown, display
+
+    summary = {"title": title, "findings": findings, "figures": dict(figures or {})} | values
+    write_json(folder / "summaries" / f"{notebook}.json", summary, overwrite=True)
+    display(Markdown("\n".join(f"- {finding}" for finding in findings)))

@@ -1,0 +1,369 @@
+"""Corpora: contents, splits, formats, loss masks, errors, caches. The Hub is mocked at datasets.load_dataset."""
+
+import ast
+import gzip
+import importlib.util
+import json
+import os
+import re
+
+import datasets
+import numpy as np
+import pytest
+
+from packlib.lab import tokenizers
+from packlib.lab.corpora import CORPORA, IGNORE_INDEX, Corpus, load_corpus, load_tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of this module's own: built-in corpora are parsed once, and nothing comes from earlier runs."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PACKLIB_CACHE", str(folder))
+        yield folder
+
+
+def write(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", encoding="utf-8") as file:
+        file.write(text)
+    return str(path)
+
+
+def questions(count):
+    return [{"prompt": f"What is {i} plus {i}?", "response": f"It is {2 * i}."} for i in range(count)]
+
+
+def waste(lengths, batch_size=4):
+    order = np.random.default_rng(0).permutation(len(lengths))[: len(lengths) // batch_size * batch_size]
+    return lengths[order].reshape(-1, batch_size).max(1).sum() * batch_size / lengths[order].sum()
+
+
+def examples(corpus):
+    return [tuple(ids) for ids in corpus.dataset["input_ids"]]
+
+
+# Built-in corpora
+
+
+@pytest.mark.parametrize("name, low, high", [("pydocs", 1.8, 2.6), ("arithmetic", 1.1, 1.4)])
+def test_built_in_corpora_have_their_shapes_and_disjoint_splits(name, low, high):
+    train, held_out = load_corpus(name), load_corpus(name, split="eval")
+    assert len(train.lengths) >= 2000 and len(held_out.lengths) >= 200
+    assert low < waste(train.lengths) < high
+    assert not set(examples(train)) & set(examples(held_out))
+    assert train.lengths.tolist() == [len(ids) for ids in train.dataset["input_ids"]]
+    assert {ids[-1] for ids in examples(train)} == {train.eos_token_id}
+    assert train.dataset["labels"] == train.dataset["input_ids"]
+    assert (train.loss_tokens == train.lengths - 1).all()
+    assert max(map(max, examples(held_out))) < train.vocab_size == held_out.vocab_size <= 4096
+
+
+def test_pysource_holds_long_modules():
+    corpus = load_corpus("pysource", limit=20)
+    assert len(corpus.lengths) == 20
+    assert np.median(corpus.lengths) > 1000
+    assert len(load_corpus("pysource", split="eval", limit=10**6).lengths) > 10
+
+
+def test_pydocs_examples_are_functions_again():
+    corpus = load_corpus("pydocs", limit=50, loss="response")
+    tokenizer = load_tokenizer("bpe", "pydocs")
+    for ids, labels in zip(corpus.dataset["input_ids"], corpus.dataset["labels"]):
+        source = tokenizer.decode(ids, skip_special_tokens=True)
+        body = tokenizer.decode([i for i in labels if i != IGNORE_INDEX], skip_special_tokens=True)
+        (function,) = ast.parse(source).body
+        assert ast.get_docstring(function) and source.endswith(body)
+        assert "\n".join(source.split("\n")[function.body[0].end_lineno :]).strip("\n") == body
+
+
+def test_arithmetic_is_right():
+    for row in CORPORA["arithmetic"](200):
+        *steps, last = row["response"].split("\n")
+        have = int(re.search(r"has (\d+)", row["prompt"])[1])
+        for step in steps:
+            left, sign, right, result = re.search(r": (\d+) ([-+*/]) (\d+) = (\d+)\.$", step).groups()
+            assert int(left) == have
+            n = int(right)
+            have = {"+": have + n, "-": have - n, "*": have * n, "/": have / n}[sign]
+            assert have == int(result) > 0
+        assert last == f"The answer is {have:.0f}."
+
+
+def test_same_seed_same_subset_and_another_seed_another_one():
+    whole = load_corpus("arithmetic", split="eval")
+    first, again, other = (load_corpus("arithmetic", split="eval", limit=40, seed=seed) for seed in (0, 0, 1))
+    assert first.sha256 == again.sha256 != other.sha256
+    assert set(examples(first)) | set(examples(other)) < set(examples(whole))
+    assert set(examples(load_corpus("arithmetic", split="eval", limit=20))) < set(examples(first))
+
+
+# Local files
+
+
+def test_plain_and_gzip_give_the_same_tokens_and_split_by_hash_stays_stable(tmp_path):
+    plain, packed = (write(tmp_path / f"sums.jsonl{suffix}", questions(200)) for suffix in ("", ".gz"))
+    train, held_out = load_corpus(plain), load_corpus(plain, split="eval")
+    assert train.name == "sums" and train.sha256 == load_corpus(packed).sha256
+    assert len(train.lengths) + len(held_out.lengths) == 200
+    assert not set(examples(train)) & set(examples(held_out))
+    shorter = write(tmp_path / "half.jsonl", questions(100))
+    sizes = [len(load_corpus(path, split="eval", tokenizer="bpe:258").lengths) for path in (plain, shorter)]
+    assert 0 < sizes[1] < sizes[0]
+
+
+def test_split_in_the_path_names_two_files(tmp_path):
+    write(tmp_path / "sums_train.jsonl", questions(20))
+    write(tmp_path / "sums_eval.jsonl", questions(3))
+    path = str(tmp_path / "sums_{split}.jsonl")
+    assert [len(load_corpus(path, split=split).lengths) for split in ("train", "eval")] == [20, 3]
+    assert load_corpus(path).name == "sums"
+
+
+def test_response_loss_masks_the_prompt_and_keeps_the_end(tmp_path):
+    path = write(tmp_path / "a_{split}.jsonl".replace("{split}", "train"), questions(5))
+    path = path.replace("_train", "_{split}")
+    tokenizer = load_tokenizer("bpe", path)
+    corpus = load_corpus(path, loss="response")
+    for i, row in enumerate(questions(5)):
+        labels = corpus.dataset[i]["labels"]
+        trained = [label for label in labels if label != IGNORE_INDEX]
+        assert tokenizer.decode(trained) == row["response"] + "<|end|>"
+        assert labels[-len(trained) :] == trained and corpus.loss_tokens[i] == len(trained)
+        assert tokenizer.decode(corpus.dataset[i]["input_ids"]) == f"{row['prompt']}\n{row['response']}<|end|>"
+    assert (load_corpus(path).loss_tokens > corpus.loss_tokens).all()
+
+
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello you"},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "Good night"},
+]
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, whole, trained",
+    [
+        (TEMPLATE, "[user]Hi<|end|>\n[assistant]Hello you<|end|>\n[user]Bye<|end|>\n[assistant]Good night<|end|>",
+         "Hello you<|end|>\nGood night<|end|>"),
+        (None, "user: Hi\nassistant: Hello you\nuser: Bye\nassistant: Good night\n<|end|>",
+         "assistant: Hello you\nassistant: Good night\n<|end|>"),
+    ],
+)  # fmt: skip
+def test_chats_are_trained_on_the_assistants_turns(tmp_path, template, whole, trained):
+    tokenizer = tokenizers.train_bpe(["Hello you, good night"], 280)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    write(tmp_path / "chat_train.jsonl", [{"messages": CHAT}])
+    path = str(tmp_path / "chat_{split}.jsonl")
+    corpus = load_corpus(path, tokenizer=str(tmp_path / "tokenizer"), loss="response")
+    assert (corpus.name, corpus.tokenizer_name) == ("chat", "tokenizer")  # records name no folder of a machine
+    assert tokenizer.decode(corpus.dataset[0]["input_ids"]) == whole
+    assert tokenizer.decode([i for i in corpus.dataset[0]["labels"] if i != IGNORE_INDEX]) == trained
+
+
+def test_a_tokenizer_with_bos_puts_it_once_in_front(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizers.train_bpe(["some text"], 300)
+    tokenizer.bos_token = "<|pad|>"
+    bos = tokenizer.bos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<|pad|> $A", special_tokens=[("<|pad|>", bos)])
+    ids, trained, lengths = tokenizers.tokenize([[("some\n", False), ("text", True)], [("t", True)]], tokenizer)
+    assert [list(part).count(bos) for part in np.split(ids, np.cumsum(lengths)[:-1])] == [1, 1]
+    assert ids[0] == bos == ids[lengths[0]] and not trained[0] and trained[lengths[0] - 1]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"prompt": "a", "resp', r"line 3: not JSON"),
+        ('{"prompt": "a", "answer": "b"}', r"line 3: expected prompt and response, .*; found .*answer"),
+        ('{"prompt": "a", "response": null}', r"line 3: expected prompt and response"),
+        ("[1]", r"line 3: expected prompt .*\[1\]"),
+        ('{"messages": ["hello"]}', r"line 3: expected prompt and response, messages"),
+        ('{"prompt": "a", "response": " "}', r"line 3: empty example"),
+        ('{"text": ""}', r"line 3: empty example"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', r"line 3: empty example"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "fine"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        load_corpus(str(path))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"name": "pydoc"}, r"unknown corpus 'pydoc'; known: pydocs, arithmetic, pysource, flan, orcamath, stack, hub:"),
+        ({"name": "pydocs", "split": "test"}, r"split = 'test'; expected one of train, eval"),
+        ({"name": "pydocs", "loss": "prompt"}, r"loss = 'prompt'; expected one of full, response"),
+        ({"name": "pydocs", "limit": 0}, r"limit = 0; expected at least 1"),
+        ({"name": "arithmetic", "tokenizer": "bpe:many"}, r"tokenizer = 'bpe:many'; expected bpe or bpe:SIZE"),
+        ({"name": "arithmetic", "tokenizer": "bpe:100"}, r"vocab_size = 100 is below 258"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_corpus(**options)
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    path = write(tmp_path / "one.jsonl", questions(1))
+    splits = ["train", "eval"] if not _loads(path, "train") else ["eval"]
+    with pytest.raises(ValueError, match=f"has no examples left in split '{splits[0]}'"):
+        load_corpus(path, split=splits[0])
+
+
+def _loads(path, split):
+    try:
+        return load_corpus(path, split=split)
+    except ValueError:
+        return None
+
+
+# Tokenized files
+
+
+def test_npz_round_trip_subset_and_refusals(tmp_path):
+    corpus = load_corpus("arithmetic", split="eval", loss="response")
+    corpus.save(tmp_path / "sums_{split}.npz")
+    path = str(tmp_path / "sums_{split}.npz")
+    again = load_corpus(path, split="eval")
+    assert again.sha256 == corpus.sha256 and again.name == "arithmetic" and again.vocab_size == corpus.vocab_size
+    assert again.dataset["labels"] == corpus.dataset["labels"]
+    assert again.lengths.dtype == np.int64 and again.dataset.features == corpus.dataset.features
+    part = load_corpus(path, split="eval", limit=7, seed=3)
+    assert part.sha256 == load_corpus("arithmetic", split="eval", loss="response", limit=7, seed=3).sha256
+    with pytest.raises(ValueError, match="holds the split eval, not train"):
+        load_corpus(str(tmp_path / "sums_eval.npz"))
+    with np.load(tmp_path / "sums_eval.npz") as file:
+        arrays = dict(file)
+    assert not any("apples" in str(value) for value in arrays.values())
+    arrays["input_ids"][0] += 1
+    np.savez(tmp_path / "bad_eval.npz", **arrays)
+    with pytest.raises(ValueError, match="is damaged"):
+        Corpus.load(tmp_path / "bad_eval.npz")
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    calls = []
+
+    def install(rows):
+        def load_dataset(path, **options):
+            assert options.pop("streaming") and options.pop("split") == "train"
+            calls.append((path, options))
+            return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return calls
+
+    return install
+
+
+@pytest.mark.parametrize(
+    "name, columns, call",
+    [
+        ("flan", ("inputs", "targets"), ("Open-Orca/FLAN", {})),
+        ("orcamath", ("question", "answer"), ("microsoft/orca-math-word-problems-200k", {})),
+        ("stack", ("content",), ("bigcode/the-stack-smol", {"data_dir": "data/python"})),
+        ("hub:some/chat", ("messages",), ("some/chat", {})),
+    ],
+)
+def test_hub_presets_stream_once_and_are_cached(hub, name, columns, call):
+    values = [[CHAT] if columns == ("messages",) else [f"{column} number {i}" for column in columns] for i in range(64)]
+    if columns == ("messages",):
+        values = [[[{**turn, "content": f"{turn['content']} {i}"} for turn in CHAT]] for i in range(64)]
+    calls = hub([{**dict(zip(columns, value)), "other": 1} for value in values] + [dict.fromkeys(columns, "")])
+    sizes = [len(load_corpus(name, split=split, tokenizer="bpe:300").lengths) for split in ("train", "eval", "train")]
+    assert sizes[0] + sizes[1] == 64 and sizes[0] == sizes[2]
+    assert calls == [call]
+
+
+def test_hub_subset_is_bounded(hub, monkeypatch):
+    monkeypatch.setattr("packlib.lab.corpora.HUB_EXAMPLES", 10)
+    hub([{"text": f"line {i}"} for i in range(50)])
+    assert len(load_corpus("hub:some/lines", tokenizer="bpe:300").lengths) <= 10
+
+
+def test_hub_without_known_columns_is_an_error_and_not_cached(hub, cache):
+    hub([{"audio": "x"}])
+    with pytest.raises(ValueError, match=r"hub:some/audio has no example with one of the columns prompt, response"):
+        load_corpus("hub:some/audio")
+    assert not list(cache.glob("hub-some-audio*"))
+
+
+# Tokenizers
+
+
+def test_bpe_is_trained_once_and_written_whole(monkeypatch, tmp_path):
+    monkeypatch.setenv("PACKLIB_CACHE", str(tmp_path))
+    replace, texts = os.replace, ["a short text about packing"] * 3
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tokenizers.train_bpe(texts, 270)
+    assert not list(tmp_path.glob("*.json"))
+    monkeypatch.setattr(os, "replace", replace)
+    first = tokenizers.train_bpe(texts, 270)
+    monkeypatch.setattr(tokenizers, "Tokenizer", None)  # training again would fail
+    assert tokenizers.train_bpe(texts, 270)("packing")["input_ids"] == first("packing")["input_ids"]
+    with pytest.raises(TypeError):
+        tokenizers.train_bpe([*texts, "more"], 270)
+    assert len(first) == 270
+
+
+def test_tokenizers_without_eos_or_package_say_so(monkeypatch, tmp_path):
+    bare = tokenizers.train_bpe(["x"], 258)
+    bare.eos_token = None
+    monkeypatch.setattr(tokenizers.AutoTokenizer, "from_pretrained", lambda name: bare)
+    with pytest.raises(ValueError, match="tokenizer 'some/name' has no EOS token"):
+        tokenizers.open_tokenizer("some/name")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "mistral-common\[sentencepiece\]"'):
+        tokenizers.open_tokenizer("mistral")
+
+
+def test_gguf_tokenizer_is_asked_for_by_folder_and_file(monkeypatch):
+    asked = []
+
+    def from_pretrained(folder, gguf_file):
+        asked.append((folder, gguf_file))
+        return tokenizers.train_bpe(["x"], 258)
+
+    monkeypatch.setattr(tokenizers.AutoTokenizer, "from_pretrained", from_pretrained)
+    tokenizers.open_tokenizer("/models/small.gguf")
+    assert asked == [("/models", "small.gguf")]
+
+
+def test_mistral_tokenizer_gives_the_ids_of_sentencepiece():
+    pytest.importorskip("sentencepiece")
+    package = importlib.util.find_spec("mistral_common")
+    if package is None:
+        pytest.skip("mistral-common is not installed")
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=os.path.join(os.path.dirname(package.origin), "data/tokenizer.model.v1"))
+    tokenizer = load_tokenizer("mistral")
+    assert (len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id) == (32000, 1, 2)
+    texts = ["One.  Two", "  def f(x):\n\treturn x ** 2  # é ☃ 😀", " lead", "3.14159", "a\n\n\nb", "x" * 50]
+    texts += [row["prompt"] + row["response"] for row in CORPORA["arithmetic"](50)]
+    for text in texts:
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == model.encode(text)
+        assert tokenizer.decode(model.encode(text)) == text
+    assert tokenizer("a")["input_ids"][0] == 1

@@ -1,0 +1,153 @@
+"""What only a GPU can show: the half-precision kernels at real head dimensions, no synchronisation, bfloat16 gradients, real dispatch.
+
+`pytest -m gpu` runs this file and the CUDA cases of the others.
+"""
+
+import pytest
+import torch
+from test_attention import LENGTHS, boundaries, features, packed, random_qkv, run, worst
+
+from packlib.attention import flash_stand_in, kernel_table, register_attention, resolve_kernel, varlen_attention
+from packlib.collators import PaddingCollator
+from packlib.isolation import check_isolation
+from packlib.losses import token_weights, weighted_loss
+from packlib.small_models import small_config, small_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+KERNELS = ["torch_varlen", "flex"]
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 37), (False, None)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_equals_reference(kernel, causal, window, dim):
+    lengths = (131, 1, 64, 200, 17)
+    qkv = random_qkv(lengths, heads=8, kv_heads=2, dim=dim)
+    options = {"causal": causal, "window": window}
+    truth = run("reference", qkv, lengths, **options)
+    yardstick = worst(run("reference", qkv, lengths, "cuda", torch.bfloat16, **options), truth)
+    assert worst(run(kernel, qkv, lengths, "cuda", torch.bfloat16, **options), truth) <= 3 * yardstick
+    assert worst(run(kernel, qkv, (sum(lengths),), "cuda", torch.bfloat16, **options), truth) > 0.1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_poison_stays_in_its_segment(kernel):
+    qkv = [x.to("cuda", torch.bfloat16) for x in random_qkv(LENGTHS, dim=64)]
+    ends = boundaries(LENGTHS).tolist()
+    clean = varlen_attention(*qkv, boundaries(LENGTHS, "cuda"), max(LENGTHS), kernel=kernel)
+    for x in qkv:
+        x[ends[2] : ends[3]] = 1e4
+    poisoned = varlen_attention(*qkv, boundaries(LENGTHS, "cuda"), max(LENGTHS), kernel=kernel)
+    assert torch.equal(clean[: ends[2]], poisoned[: ends[2]]) and torch.equal(clean[ends[3] :], poisoned[ends[3] :])
+    assert not torch.equal(clean[ends[2] : ends[3]], poisoned[ends[2] : ends[3]])
+
+
+def test_softcap_in_flex():
+    qkv = random_qkv(LENGTHS, dim=64)
+    truth = run("reference", qkv, LENGTHS, softcap=5.0)
+    yardstick = worst(run("reference", qkv, LENGTHS, "cuda", torch.bfloat16, softcap=5.0), truth)
+    assert worst(run("flex", qkv, LENGTHS, "cuda", torch.bfloat16, softcap=5.0), truth) <= 3 * yardstick
+    with pytest.raises(ValueError, match="no softcap"):
+        run("torch_varlen", qkv, LENGTHS, "cuda", torch.bfloat16, softcap=5.0)
+
+
+def test_auto_and_table():
+    works = [row["kernel"] for row in kernel_table("cuda", torch.bfloat16) if row["works"]]
+    assert resolve_kernel("auto", "cuda", torch.bfloat16) == works[0] in ("flash_attn", "torch_varlen")
+    assert resolve_kernel("auto", "cuda", torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match="needs float16 or bfloat16, not float32"):
+        resolve_kernel("torch_varlen", "cuda", torch.float32)
+
+
+def on_gpu(batch):
+    """As Trainer moves it: every tensor a copy of its own."""
+    return {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("kernel", ["torch_varlen", "flex"])
+def test_no_synchronisation(kernel, monkeypatch):
+    """Forward, loss and backward of a packed step. transformers asks once a forward whether position ids restart: that one is its own."""
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: (position_ids == 0).cumsum(-1))
+    model = small_model("llama", register_attention(kernel, f"packlib_{kernel}"), torch.bfloat16).to("cuda")
+    labels = torch.randint(3, 250, (1, 27), device="cuda")
+
+    def step():
+        batch = on_gpu(packed(features()))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            weights, total = token_weights(labels, batch["cu_seq_lens_q"], "per_example")
+            weighted_loss(model(**batch).logits, labels, weights, total).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    for _ in range(3):  # the first compiles
+        step()
+    torch.cuda.set_sync_debug_mode("error")  # negative control: reading a length does synchronise
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            boundaries((3, 4), "cuda")[1].item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "gpt2", "phi"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16_gradients(model_type, kernel):
+    """Packed bfloat16 is at most twice as far from float32 as unpacked bfloat16 is."""
+    examples = features((40, 9, 64, 23))
+
+    def gradients(dtype, attention, packed_row):
+        model = small_model(model_type, attention, dtype).to("cuda")
+        rows = [packed(examples)] if packed_row else [packed([e]) for e in examples]
+        for row in map(on_gpu, rows):
+            logits = model(**row).logits.float()
+            labels = row["input_ids"].masked_fill(row["position_ids"] == 0, -100)
+            weights, _ = token_weights(labels)
+            weighted_loss(logits, labels, weights, 100.0).backward()
+        return {n: p.grad.double() for n, p in model.named_parameters()}
+
+    name = register_attention(kernel, f"packlib_{kernel}")
+    truth = gradients(torch.float32, "sdpa", False)
+    floor = 1e-3 * max(float(g.norm()) for g in truth.values())
+
+    def error(other):
+        return max(float((other[n] - g).norm()) / max(float(g.norm()), floor) for n, g in truth.items())
+
+    unpacked, together = error(gradients(torch.bfloat16, "sdpa", False)), error(gradients(torch.bfloat16, name, True))
+    assert together <= 2 * unpacked
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "qwen2_moe", "opt"])
+def test_isolation_of_auto(model_type, dtype):
+    model = small_model(model_type, dtype=dtype).to("cuda")
+    assert check_isolation(model, kernel="auto").isolated
+    assert check_isolation(model).isolated == (model_type != "opt")
+
+
+def test_falcon_through_the_flash_path():
+    with flash_stand_in():
+        assert check_isolation(small_model("falcon", "flash_attention_2", torch.bfloat16).to("cuda")).isolated
+    assert check_isolation(small_model("falcon", "sdpa", torch.bfloat16).to("cuda")).verdict == "leak"
+
+
+@torch.no_grad()
+def test_padded_batch_equals_one_at_a_time():
+    model = small_model("llama", register_attention(), torch.bfloat16).to("cuda")
+    batch = on_gpu(PaddingCollator()(features()))
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[batch["attention_mask"].bool()]
+    single = [model(input_ids=torch.tensor([e["input_ids"]], device="cuda"), use_cache=False).logits[0] for e in features()]
+    assert (out - torch.cat(single)).abs().max() <= 0.02 * out.abs().max()
+
+
+def test_large_head_dimension_in_a_model():
+    """Gemma's 256."""
+    config = small_config("gemma")
+    config.head_dim, config._attn_implementation = 256, register_attention("torch_varlen", "packlib_torch_varlen")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="packlib_torch_varlen", dtype=torch.bfloat16).to("cuda")
+    assert check_isolation(model.eval()).isolated
