@@ -170,7 +170,7 @@ def test_unsupported_is_a_cell():
 def test_heat_map(matrix):
     figure = isolation_matrix.heat_map(matrix)
     version = matrix["environment"]["transformers"]
-    assert f"transformers {version}" in figure.axes[0].get_title() and "sdpa 4, flash_attention_2 2, packlib_varlen 0" in figure.alt
+    assert f"transformers {version}" in figure.axes[0].get_title(loc="left") and "sdpa 4, flash_attention_2 2, packlib_varlen 0" in figure.alt
 
 
 @pytest.mark.slow

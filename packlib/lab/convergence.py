@@ -114,12 +114,21 @@ def results(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
         row["batch"] = f"({spec.batch_size}, {spec.max_tokens}, {spec.gradient_accumulation})"
         metrics, trace = (record or {}).get("metrics") or {}, (record or {}).get("trace") or {}
         row |= {name: trace[name][-1] if trace else math.nan for name in ("tokens", "seconds")}
+        row["seconds"] = row["seconds"] if record and _alone(record) else math.nan
         rows.append(row | {name: metrics.get(key, math.nan) for name, key in keys.items()})
     return pd.DataFrame(rows)
 
 
+def _alone(record: Mapping[str, Any]) -> bool:
+    """Whether the run had the device to itself, so that its times mean something."""
+    return record["environment"].get("concurrent_runs", 1) == 1
+
+
 def traces(folder: Path, planned: Sequence[Arm], *, validation: bool = False) -> pd.DataFrame:
-    """Per optimiser step, or per evaluation: `corpus, arm, strategy, run_id, step, tokens, seconds, loss` (and `grad_norm` per step)."""
+    """Per optimiser step, or per evaluation: `corpus, arm, strategy, run_id, step, tokens, seconds, loss` (and `grad_norm` per step).
+
+    `seconds` is NaN where several runs shared the device.
+    """
     frames = []
     for arm in planned:
         record = records.read_record(folder, arm.spec.run_id)
@@ -130,6 +139,8 @@ def traces(folder: Path, planned: Sequence[Arm], *, validation: bool = False) ->
         if validation:
             seen = {e["step"]: e["eval_loss_per_token"] for e in [*evaluations, {"step": len(trace)} | record["metrics"]]}
             trace = trace.assign(loss=trace["step"].map(seen)).dropna(subset="loss")
+        if not _alone(record):
+            trace["seconds"] = math.nan
         frames.append(trace.assign(**arm.names))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["corpus", "arm", "strategy", "variant", "run_id", "loss"])
 

@@ -21,6 +21,9 @@ from typing import Any
 import pandas as pd
 
 
+CONCURRENT = "PACKLIB_CONCURRENT_RUNS"  # how many runs share the device; above 1 their losses count and their times do not
+
+
 def project_root() -> Path:
     """The checkout that holds notebooks/ and papermill_runs/; the working directory where there is none (an installed package)."""
     here = Path.cwd()
@@ -119,6 +122,7 @@ def environment(data_sha256: str | None = None) -> dict[str, Any]:
         "device_count": torch.cuda.device_count() if cuda else 0,
         "device_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
         "threads": torch.get_num_threads(),
+        "concurrent_runs": int(os.environ.get(CONCURRENT, "1")),
         "data_sha256": data_sha256,
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }

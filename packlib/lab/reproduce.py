@@ -126,7 +126,8 @@ def write_report(folder: Path) -> Path:
     lines = [f"# Padding versus packing: run `{folder.name}`", ""]
     found = records.read_records(folder)
     if found:
-        places = sorted({", ".join([e["device"], f"torch {e['torch']}", f"transformers {e['transformers']}"]) for e in (r["environment"] for r in found)})
+        environments = (record["environment"] for record in found)
+        places = sorted({f"{e['device']}, torch {e['torch']}, transformers {e['transformers']}" for e in environments})
         lines += [f"{len(found)} measured runs on: {'; '.join(places)}.", "", headline(folder), ""]
     for path in sorted((folder / "summaries").glob("*.json")):
         summary = records.read_json(path)

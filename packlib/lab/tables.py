@@ -32,8 +32,8 @@ def t95(n: int) -> float:
 def against(frame: pd.DataFrame, base: str = "padding", by: tuple[str, ...] = ("model", "corpus")) -> pd.DataFrame:
     """Speed and memory of every arm relative to `base` on the same model and corpus.
 
-    frame: `records.load_records`. Repeats and seeds of an arm are pooled: its rate is the median of theirs, low and high their range. limit: padding's
-    slots per real token over the arm's own, what its speed-up could be at most. Columns that no arm has a value for are NaN.
+    frame: `records.load_records`. Repeats and seeds of an arm are pooled: its rate is the median of theirs, low and high their range. limit:
+    padding's slots per real token over the arm's own, what its speed-up could be at most. Columns that no arm has a value for are NaN.
     """
     rows = []
     for _, group in frame.groupby(list(by), sort=False):
@@ -100,10 +100,11 @@ def paired_differences(frame: pd.DataFrame, value: str, base: str = "padding", a
 def display_table(table: pd.DataFrame) -> pd.DataFrame:
     """`against`, with the names and units a reader expects and empty cells for what was not measured."""
     shown = pd.DataFrame({
-        "model": table["model"].map(short), "corpus": table["corpus"].map(short), "batching": [arm_label(*arm) for arm in zip(table["strategy"], table["kernel"])],
+        "model": table["model"].map(short), "corpus": table["corpus"].map(short),
+        "batching": [arm_label(*arm) for arm in zip(table["strategy"], table["kernel"])],
         "rows": table.get("rows"), "real tokens/s": table.get("tokens_per_s"), "slots/s": table.get("slots_per_s"),
-        "× padding": table.get("speed_up"), "limit": table.get("limit"), "fill": table.get("fill"), "peak memory (GB)": table.get("peak_memory_bytes") / 1e9,
-        "validation loss": table.get("loss"), "status": table["status"],
+        "× padding": table.get("speed_up"), "limit": table.get("limit"), "fill": table.get("fill"),
+        "peak memory (GB)": table.get("peak_memory_bytes") / 1e9, "validation loss": table.get("loss"), "status": table["status"],
     })  # fmt: skip
     formats = {"rows": "{:,.0f}", "real tokens/s": "{:,.0f}", "slots/s": "{:,.0f}", "× padding": "{:.2f}", "limit": "{:.2f}", "fill": "{:.3f}",
                "peak memory (GB)": "{:.2f}", "validation loss": "{:.4f}"}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -43,7 +44,7 @@ def batch_size_specs(base: RunSpec, model: str, corpus: str, batch_sizes: Iterab
 def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Speed-up of minibatch_packing over padding and its limit (padding's waste) per batch size: `batch_size, speed_up, limit, reached, …`.
 
-    reached: share of the waste that became speed, in [0, 1]: (speed_up - 1) / (limit - 1).
+    reached: share of the waste that became speed: (speed_up - 1) / (limit - 1); NaN where nothing is wasted.
     """
     ok = frame[(frame["status"] == "ok") & frame["strategy"].isin(["padding", "minibatch_packing"]) & (frame["kernel"] == "auto")]
     rows = []
@@ -54,7 +55,7 @@ def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
             speed_up = packed["metrics.tokens_per_s.mean"] / pad["metrics.tokens_per_s.mean"]
             limit = pad["metrics.measured_waste"]
             rows.append({
-                "batch_size": size, "strategy": "minibatch_packing", "speed_up": speed_up, "limit": limit, "reached": (speed_up - 1) / (limit - 1),
+                "batch_size": size, "strategy": "minibatch_packing", "speed_up": speed_up, "limit": limit, "reached": (speed_up - 1) / (limit - 1) if limit > 1 else math.nan,
                 "padding_memory_bytes": pad["metrics.peak_memory_bytes"], "packed_memory_bytes": packed["metrics.peak_memory_bytes"],
             })  # fmt: skip
     return pd.DataFrame(rows)
@@ -96,7 +97,7 @@ def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: dict[str, float],
             if {arm, peer} <= set(arms.index):
                 ratio = arms.loc[arm, "tokens_per_s"] / arms.loc[peer, "tokens_per_s"]
                 said.append(f"{where}: {STRATEGIES[arm].label} runs at {ratio:.2f} times the real tokens/s of {STRATEGIES[peer].label}.")
-    if len(by_size):
+    if len(by_size) and by_size["reached"].notna().any():
         best = by_size.loc[by_size["reached"].idxmax()]
         said.append(f"At {best['batch_size']:.0f} examples a batch, {best['reached']:.0%} of the waste has become speed, the most in the curve.")
     said.append(f"A step costs {cost['fixed_seconds'] * 1e3:.0f} ms before its first slot and {cost['seconds_per_slot'] * 1e6:.2f} µs per slot.")

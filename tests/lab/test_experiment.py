@@ -1,0 +1,314 @@
+"""Real runs through trl.SFTTrainer, as small as they come: every strategy leaves a record; deaths, failures and interrupts lose nothing."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import threading
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from packlib.lab import experiment, records, strategies, worker
+from packlib.lab.experiment import RunSpec, grid
+
+EXAMPLES, KILLED, SLOW = 16, 13, 99  # seeds that `child` treats in its own way
+BASE = RunSpec(corpus="arithmetic", tokenizer="bpe:512", limit=EXAMPLES, batch_size=4, max_tokens=256, layers=1, warmup_steps=1, eval_examples=6, kernel="sdpa")
+CURVES = ("slots", "tokens", "loss_tokens", "examples")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return records.run_folder(tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.fixture(scope="module")
+def swept(folder):
+    """One epoch of every strategy over the same 16 examples: strategy -> record."""
+    return {record["spec"]["strategy"]: record for record in experiment.run(grid(BASE, strategy=list(strategies.STRATEGIES)), folder)}
+
+
+def child(spec, folder, sender):
+    """Stands in for `experiment._child`: one seed is killed while it runs, one takes too long, the others are measured."""
+    sender.send("started")
+    if spec.seed == KILLED:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if spec.seed == SLOW:
+        time.sleep(60)
+    worker.execute(spec, folder, sender.send)
+
+
+def fake_run(status="ok", seconds=0.0):
+    """Stands in for `experiment._run_one`, and counts."""
+
+    def run_one(spec, folder, progress):
+        run_one.ran.append(spec)
+        records.write_record(folder, experiment.unfinished(spec, status, "made up"))
+        time.sleep(seconds)
+
+    run_one.ran = []
+    return run_one
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "records").iterdir())
+
+
+# what a run leaves
+
+
+def test_every_strategy_leaves_a_record(swept, folder):
+    assert list(swept) == list(strategies.STRATEGIES)
+    assert {name: record["error"] for name, record in swept.items() if record["status"] != "ok"} == {}
+    assert files(folder) == sorted(f"{record['run_id']}.json" for record in swept.values()), "one record each, nothing half-written"
+    assert all(records.run_id(record["spec"]) == record["run_id"] for record in swept.values())
+
+
+def test_a_record_holds_what_the_design_says(swept, folder):
+    for record in swept.values():
+        assert set(record) == {"run_id", "status", "error", "spec", "environment", "plan", "metrics", "trace"}
+        assert RunSpec(**record["spec"]).run_id == record["run_id"]
+        assert {"git_sha", "dirty", "python", "torch", "trl", "driver", "device", "device_count", "data_sha256", "created"} <= record["environment"].keys()
+        metrics, trace = record["metrics"], record["trace"]
+        for rate in ("tokens_per_s", "slots_per_s", "step_seconds"):
+            low, middle, high = (metrics[rate][p] for p in ("p20", "p50", "p80"))
+            assert 0 < low <= middle <= high
+        assert metrics["optimizer_steps"] == len(trace["step"]) and metrics["measured_steps"] == len(trace["step"]) - BASE.warmup_steps
+        assert metrics["peak_memory_bytes"] > 1e7 and 0 < metrics["model_flops_utilization"] < 1
+        assert {len(trace[name]) for name in ("step", "seconds", "loss", "grad_norm", *CURVES)} == {len(trace["step"])}
+        assert all(a < b for a, b in zip(trace["seconds"], trace["seconds"][1:]))
+        assert metrics["eval_loss_per_token"] < trace["loss"][0], "it learned something"
+        text = json.dumps(record)
+        assert str(Path.home()) not in text and str(folder) not in text, "a path of this machine"
+
+
+def test_every_strategy_trains_on_the_same_tokens(swept):
+    """Conservation through planner, data set, TRL and collator, counted where the batches are handed over: peers too."""
+    for name, record in swept.items():
+        totals = {curve: record["trace"][curve][-1] for curve in CURVES}
+        plan, fixed = record["plan"], name.startswith("fixed_length")
+        assert totals["tokens"] == plan["real_tokens"] == swept["padding"]["plan"]["real_tokens"], name
+        assert totals["slots"] == plan["slots"] and totals["loss_tokens"] == plan["loss_tokens"], name
+        assert fixed or (totals["examples"], totals["loss_tokens"]) == (EXAMPLES, totals["tokens"] - EXAMPLES), name
+    assert len({record["environment"]["data_sha256"] for record in swept.values()}) == 1
+
+
+def close(a: dict, b: dict, curve: str = "loss") -> float:
+    assert len(a["trace"][curve]) == len(b["trace"][curve])
+    return max(abs(x - y) for x, y in zip(a["trace"][curve], b["trace"][curve]))
+
+
+def test_padding_and_minibatch_packing_are_the_same_training(swept):
+    padding, packed, multipack = (swept[name] for name in ("padding", "minibatch_packing", "multipack_posid"))
+    assert [padding["trace"][c] for c in CURVES[1:]] == [packed["trace"][c] for c in CURVES[1:]], "the same mini-batches"
+    assert padding["trace"]["slots"] != packed["trace"]["slots"]
+    assert close(padding, packed) < 1e-4 and close(padding, packed, "grad_norm") < 1e-3
+    for loss in ("eval_loss_per_token", "eval_loss_per_example"):
+        assert padding["metrics"][loss] == pytest.approx(packed["metrics"][loss], abs=1e-4)
+        assert abs(padding["metrics"][loss] - multipack["metrics"][loss]) > 1e-2, "the negative control: other steps, other model"
+
+
+def test_contamination_shows_on_the_same_rows(swept):
+    leaky, isolated = swept["fixed_length_packing"], swept["fixed_length_packing_posid"]
+    assert leaky["plan"]["sha256"] == isolated["plan"]["sha256"]
+    assert [leaky["trace"][c] for c in CURVES[:3]] == [isolated["trace"][c] for c in CURVES[:3]]
+    assert close(leaky, isolated) > 1e-3
+    assert leaky["metrics"]["eval_loss_per_token"] != pytest.approx(isolated["metrics"]["eval_loss_per_token"], abs=1e-3)
+
+
+@pytest.mark.parametrize(("peer", "ours"), [("trl_padding", "padding"), ("trl_padding_free", "minibatch_packing")])
+def test_peers_are_measured_on_the_same_mini_batches(swept, peer, ours):
+    assert [swept[peer]["trace"][c] for c in CURVES] == [swept[ours]["trace"][c] for c in CURVES]
+    assert close(swept[peer], swept[ours]) < 1e-4
+    assert swept["trl_packing_bfd"]["trace"]["tokens"] != swept[ours]["trace"]["tokens"], "the negative control packs other rows"
+
+
+def test_records_load_in_the_order_of_the_specs(swept, folder):
+    wanted = [replace(BASE, strategy=name) for name in ("multipack_posid", "padding")]
+    found = experiment.frame([wanted[0], replace(BASE, seed=1), wanted[1]], folder)
+    assert found["strategy"].tolist() == ["multipack_posid", "padding"]
+    assert found["metrics.tokens_per_s.mean"].notna().all() and found["plan.fill"].between(0.5, 1).all()
+
+
+def test_no_records_say_so(tmp_path):
+    with pytest.raises(ValueError, match="has no records; run the arms first"):
+        experiment.frame([BASE], records.run_folder(tmp_path))
+
+
+def test_partial_steps_are_counted_as_they_were_taken(folder):
+    """Four mini-batches in steps of three: the second step has one."""
+    padding, packed = experiment.run(grid(replace(BASE, gradient_accumulation=3), strategy=["padding", "minibatch_packing"]), folder)
+    assert padding["trace"]["examples"] == packed["trace"]["examples"] == [12, 16]
+    assert close(padding, packed) < 1e-4
+
+
+# sweeps
+
+
+def test_a_sweep_resumes(swept, folder, monkeypatch):
+    run_one, said = fake_run(), []
+    monkeypatch.setattr(experiment, "_run_one", run_one)
+    again = experiment.run(grid(BASE, strategy=list(swept)), folder, progress=said.append)
+    assert again == list(swept.values()) and run_one.ran == []
+    assert len(said) == len(swept) and all(line.endswith("has a record") for line in said)
+    experiment.run([replace(BASE, seed=5)], records.run_folder(folder / "other"))
+    assert len(run_one.ran) == 1, "the negative control: another spec does run"
+
+
+def test_a_death_and_a_failure_are_records_and_the_sweep_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "_child", child)
+    folder, said = records.run_folder(tmp_path), []
+    specs = [replace(BASE, seed=KILLED), replace(BASE, corpus="arithmetik"), BASE]
+    killed, failed, ok = experiment.run(specs, folder, progress=said.append)
+    assert (killed["status"], killed["error"]) == ("oom", "killed by SIGKILL, probably out of memory")
+    assert failed["status"] == "failed" and failed["error"].startswith("ValueError: unknown corpus 'arithmetik'; known: pydocs, arithmetic, pysource")
+    assert ok["status"] == "ok" and ok["trace"]["tokens"][-1] > 0
+    for record in (killed, failed):
+        assert record["metrics"] is record["trace"] is record["plan"] is None and record["environment"]["torch"]
+    assert files(folder) == sorted(f"{spec.run_id}.json" for spec in specs)
+    assert any("Traceback" in line and "load_corpus" in line for line in said), "where it failed is shown"
+    assert experiment.frame(specs, folder)["status"].tolist() == ["oom", "failed", "ok"]
+
+
+def test_an_interrupt_loses_no_finished_arm(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "_child", child)
+    folder, specs = records.run_folder(tmp_path), [replace(BASE, eval_examples=0), replace(BASE, seed=SLOW)]
+
+    def progress(line):
+        if line.startswith("[2/2]") and line.endswith("started"):
+            threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()  # Ctrl-C while the second arm is trained
+
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(specs, folder, progress=progress)
+    assert time.monotonic() - begun < 30 and not multiprocessing.active_children(), "the arm's process is gone too"
+    assert files(folder) == [f"{specs[0].run_id}.json"]
+    run_one = fake_run()
+    monkeypatch.setattr(experiment, "_run_one", run_one)
+    first, _ = experiment.run(specs, folder)
+    assert first["status"] == "ok" and run_one.ran == specs[1:], "the next call goes on where it stopped"
+
+
+def test_a_failed_run_is_tried_again_and_its_record_kept(tmp_path, monkeypatch):
+    folder = records.run_folder(tmp_path)
+    for status, tried, kept in (("failed", 1, 0), ("failed", 1, 1), ("oom", 1, 2), ("oom", 0, 2)):
+        run_one = fake_run(status)
+        monkeypatch.setattr(experiment, "_run_one", run_one)
+        assert experiment.run([BASE], folder)[0]["status"] == status
+        assert len(run_one.ran) == tried
+        superseded = [json.loads(path.read_text()) for path in folder.glob("superseded/*.json")]
+        assert [(r["status"], r["run_id"]) for r in superseded] == [("failed", BASE.run_id)] * kept
+    assert len(records.read_records(folder)) == 1
+
+
+@pytest.mark.parametrize(("left", "ran"), [(-1, 0), (0.5, 2), (1000, 4)])
+def test_no_arm_is_started_that_would_not_end_in_time(tmp_path, monkeypatch, left, ran):
+    """Arms of 0.3 s with 0.5 s left: the second starts, as the longest so far would just end; the third is left."""
+    run_one, said = fake_run(seconds=0.3), []
+    monkeypatch.setattr(experiment, "_run_one", run_one)
+    monkeypatch.setenv(experiment.UNTIL, str(time.time() + left))
+    specs = grid(BASE, seed=range(4))
+    assert len(experiment.run(specs, records.run_folder(tmp_path), progress=said.append)) == len(run_one.ran) == (1 if left == 0.5 else ran)
+    assert sum(line.endswith("left for the next call") for line in said) == 4 - len(run_one.ran)
+    monkeypatch.delenv(experiment.UNTIL)
+    assert [r["run_id"] for r in experiment.run(specs, tmp_path)] == [spec.run_id for spec in specs]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "traced"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB"), "oom", False),
+        (RuntimeError("CUDA error: out of memory"), "oom", False),
+        (ValueError("no such thing"), "failed", True),
+    ],
+)
+def test_memory_that_runs_out_is_told_from_a_failure(tmp_path, monkeypatch, error, status, traced):
+    def measure(spec, progress):
+        raise error
+
+    monkeypatch.setattr(worker, "measure", measure)
+    said, verbosity = [], transformers.logging.get_verbosity()
+    with warnings.catch_warnings():
+        worker.execute(BASE, tmp_path, said.append)
+    transformers.logging.set_verbosity(verbosity)
+    record = records.read_record(tmp_path, BASE.run_id)
+    assert (record["status"], record["error"]) == (status, f"{type(error).__name__}: {error}")
+    assert bool(said) == traced
+
+
+# several processes
+
+
+def running(folder: Path) -> list[str]:
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in lines if str(folder) in line]
+
+
+def test_two_ranks_share_the_rows(folder, swept):
+    (record,) = experiment.run([replace(BASE, strategy="minibatch_packing", world_size=2)], folder)
+    assert record["status"] == "ok", record["error"]
+    trace, alone = record["trace"], swept["minibatch_packing"]["trace"]
+    assert trace["examples"] == [8, 16] and record["metrics"]["optimizer_steps"] == 2, "a mini-batch for each rank in every step"
+    batches = [b - a for a, b in zip([0, *alone["tokens"]], alone["tokens"])]
+    assert len(set(batches)) == 4 and trace["tokens"][-1] == sum(batches), "each mini-batch once"
+    assert trace["tokens"][0] in {a + b for i, a in enumerate(batches) for b in batches[:i]}
+    assert all(math.isfinite(loss) for loss in trace["loss"])
+
+
+def test_an_interrupt_ends_the_ranks(tmp_path):
+    def progress(line):
+        raise KeyboardInterrupt
+
+    spec = replace(BASE, corpus="arithmetik", world_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        experiment._launch(spec, records.run_folder(tmp_path), progress)
+    assert running(tmp_path) == [] and files(tmp_path) == []
+
+
+# specs
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("strategy", "paddin", r"unknown strategy 'paddin' \(did you mean 'padding'\?\); known: dynapipe, fixed_length_packing, .*trl_padding_free"),
+        ("kernel", "sdpaa", r"unknown kernel 'sdpaa' \(did you mean 'sdpa'\?\); known: auto, flash_attn, flex, .*transformers_sdpa"),
+        ("dtype", "fp16", "unknown dtype 'fp16'; known: bf16_mixed, bfloat16, float32"),
+        ("overflow", "drop", "unknown overflow 'drop'; known: error, split, truncate"),
+        ("loss", "prompt", "unknown loss 'prompt'.*; known: full, response"),
+        ("weighting", "per_row", "unknown weighting 'per_row'.*; known: per_example, per_token"),
+        ("batch_size", 0, "batch_size = 0; expected an integer of at least 1$"),
+        ("steps", 0, "steps = 0; expected an integer of at least 1 or None"),
+        ("limit", "16", "limit = '16'; expected an integer of at least 1 or None"),
+        ("world_size", -1, "world_size = -1; expected"),
+    ],
+)
+def test_bad_values_are_refused_with_the_known_ones(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        replace(BASE, **{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("learning_rate", "1e-4"), ("gradient_checkpointing", "True"), ("seed", 1.0), ("batch_size", True)])
+def test_wrong_types_are_refused(field, value):
+    with pytest.raises(TypeError, match=f"parameter {field} = {value!r} is a {type(value).__name__}; expected"):
+        replace(BASE, **{field: value})
+
+
+def test_every_field_is_part_of_the_identity():
+    other = {"strategy": "dynapipe", "kernel": "flex", "dtype": "bfloat16", "overflow": "split", "loss": "response", "weighting": "per_example"}
+    for name, value in asdict(BASE).items():
+        changed = other.get(name, not value if isinstance(value, bool) else f"{value}x" if isinstance(value, str) else (value or 0) + 1)
+        assert replace(BASE, **{name: changed}).run_id != BASE.run_id, name
+    assert RunSpec(**json.loads(json.dumps(asdict(BASE)))) == BASE
+
+
+def test_a_whole_number_is_the_same_run_as_its_float():
+    """YAML's `epochs: 1` and the default 1.0 must not be measured twice."""
+    assert replace(BASE, epochs=1, learning_rate=1).run_id == replace(BASE, epochs=1.0, learning_rate=1.0).run_id
