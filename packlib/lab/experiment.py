@@ -81,7 +81,8 @@ class RunSpec:
         from packlib.lab.strategies import OVERFLOW, get_strategy
 
         optional = {"steps", "limit", "eval_every", "atom_size", "examples_per_step", "layers"}
-        check_parameters(asdict(self), {f.name: None if f.name in optional else f.default for f in fields(self)})
+        checked = check_parameters(asdict(self), {f.name: None if f.name in optional else f.default for f in fields(self)})
+        vars(self).update(checked)  # an int for a float is that float: the same run, the same id
         for name in optional | {"batch_size", "max_tokens", "gradient_accumulation", "world_size"}:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -210,6 +211,11 @@ def _launch(spec: RunSpec, folder: Path, progress: Callable[[str], None]) -> int
     spec_file = records.write_json(folder / "specs" / f"{spec.run_id}.json", asdict(spec), overwrite=True)
     command = [sys.executable, *ranks, "-m", "packlib.lab.worker", str(spec_file), str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            progress(line.rstrip())
+        try:
+            for line in process.stdout:
+                progress(line.rstrip())
+        except BaseException:
+            process.terminate()  # torchrun ends its ranks; they would train on where only this process is interrupted
+            process.wait()
+            raise
     return process.returncode

@@ -50,17 +50,18 @@ def run_id(spec: Mapping[str, Any]) -> str:
 def write_json(path: Path, value: Mapping[str, Any], *, overwrite: bool = False) -> Path:
     """Write one JSON file so that a reader sees all of it or nothing. Raises `FileExistsError` unless `overwrite`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
+    handle, partial = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
     try:
-        os.chmod(file.name, 0o644)
+        with open(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, allow_nan=False)
+            file.write("\n")
+        os.chmod(partial, 0o644)
         if overwrite:
-            os.replace(file.name, path)
+            os.replace(partial, path)
         else:
-            os.link(file.name, path)  # fails where the name is taken, unlike a rename
+            os.link(partial, path)  # fails where the name is taken, unlike a rename
     finally:
-        Path(file.name).unlink(missing_ok=True)
+        Path(partial).unlink(missing_ok=True)
     return path
 
 

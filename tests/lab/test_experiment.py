@@ -19,8 +19,11 @@ import transformers
 from packlib.lab import experiment, records, strategies, worker
 from packlib.lab.experiment import RunSpec, grid
 
-EXAMPLES, KILLED, SLOW = 16, 13, 99  # seeds that `child` treats in its own way
-BASE = RunSpec(corpus="arithmetic", tokenizer="bpe:512", limit=EXAMPLES, batch_size=4, max_tokens=256, layers=1, warmup_steps=1, eval_examples=6, kernel="sdpa")
+EXAMPLES = 16
+BASE = RunSpec(corpus="arithmetic", tokenizer="bpe:512", limit=EXAMPLES, batch_size=4, max_tokens=256, layers=1, warmup_steps=1, eval_examples=6,
+               kernel="sdpa")  # fmt: skip
+SWEPT = [name for name in strategies.STRATEGIES if name not in ("random_packing_posid", "sorted_packing_posid", "dynapipe")]  # other planners only
+KILLED, SLOW = 13, 99  # seeds that `child` treats in its own way
 CURVES = ("slots", "tokens", "loss_tokens", "examples")
 
 
@@ -31,8 +34,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def swept(folder):
-    """One epoch of every strategy over the same 16 examples: strategy -> record."""
-    return {record["spec"]["strategy"]: record for record in experiment.run(grid(BASE, strategy=list(strategies.STRATEGIES)), folder)}
+    """One epoch of each strategy over the same 16 examples: strategy -> record."""
+    return {record["spec"]["strategy"]: record for record in experiment.run(grid(BASE, strategy=SWEPT), folder)}
 
 
 def child(spec, folder, sender):
@@ -45,16 +48,21 @@ def child(spec, folder, sender):
     worker.execute(spec, folder, sender.send)
 
 
-def fake_run(status="ok", seconds=0.0):
+def fake_run(status="ok", after=lambda: None):
     """Stands in for `experiment._run_one`, and counts."""
 
     def run_one(spec, folder, progress):
         run_one.ran.append(spec)
         records.write_record(folder, experiment.unfinished(spec, status, "made up"))
-        time.sleep(seconds)
+        after()
 
     run_one.ran = []
     return run_one
+
+
+def control_c(after: float) -> None:
+    """SIGINT to this process's main thread, `after` seconds from now."""
+    threading.Timer(after, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
 
 
 def files(folder: Path) -> list[str]:
@@ -65,7 +73,7 @@ def files(folder: Path) -> list[str]:
 
 
 def test_every_strategy_leaves_a_record(swept, folder):
-    assert list(swept) == list(strategies.STRATEGIES)
+    assert list(swept) == SWEPT
     assert {name: record["error"] for name, record in swept.items() if record["status"] != "ok"} == {}
     assert files(folder) == sorted(f"{record['run_id']}.json" for record in swept.values()), "one record each, nothing half-written"
     assert all(records.run_id(record["spec"]) == record["run_id"] for record in swept.values())
@@ -75,7 +83,7 @@ def test_a_record_holds_what_the_design_says(swept, folder):
     for record in swept.values():
         assert set(record) == {"run_id", "status", "error", "spec", "environment", "plan", "metrics", "trace"}
         assert RunSpec(**record["spec"]).run_id == record["run_id"]
-        assert {"git_sha", "dirty", "python", "torch", "trl", "driver", "device", "device_count", "data_sha256", "created"} <= record["environment"].keys()
+        assert {"git_sha", "dirty", "python", "torch", "trl", "driver", "device", "data_sha256", "created"} <= record["environment"].keys()
         metrics, trace = record["metrics"], record["trace"]
         for rate in ("tokens_per_s", "slots_per_s", "step_seconds"):
             low, middle, high = (metrics[rate][p] for p in ("p20", "p50", "p80"))
@@ -173,7 +181,7 @@ def test_a_death_and_a_failure_are_records_and_the_sweep_goes_on(tmp_path, monke
     for record in (killed, failed):
         assert record["metrics"] is record["trace"] is record["plan"] is None and record["environment"]["torch"]
     assert files(folder) == sorted(f"{spec.run_id}.json" for spec in specs)
-    assert any("Traceback" in line and "load_corpus" in line for line in said), "where it failed is shown"
+    assert any("in load_corpus" in line for line in said), "where it failed is shown"
     assert experiment.frame(specs, folder)["status"].tolist() == ["oom", "failed", "ok"]
 
 
@@ -183,7 +191,7 @@ def test_an_interrupt_loses_no_finished_arm(tmp_path, monkeypatch):
 
     def progress(line):
         if line.startswith("[2/2]") and line.endswith("started"):
-            threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()  # Ctrl-C while the second arm is trained
+            control_c(0.2)
 
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -208,15 +216,27 @@ def test_a_failed_run_is_tried_again_and_its_record_kept(tmp_path, monkeypatch):
     assert len(records.read_records(folder)) == 1
 
 
-@pytest.mark.parametrize(("left", "ran"), [(-1, 0), (0.5, 2), (1000, 4)])
+class Clock:
+    """Stands in for the module `time`."""
+
+    now = 1000.0
+    time = monotonic = lambda self: self.now
+
+    def forward(self, seconds=30):
+        self.now += seconds
+
+
+@pytest.mark.parametrize(("left", "ran"), [(-1, 0), (50, 1), (61, 2), (1000, 4)])
 def test_no_arm_is_started_that_would_not_end_in_time(tmp_path, monkeypatch, left, ran):
-    """Arms of 0.3 s with 0.5 s left: the second starts, as the longest so far would just end; the third is left."""
-    run_one, said = fake_run(seconds=0.3), []
+    """Arms of 30 s: the first starts while there is time at all, the next ones only where the longest so far would end."""
+    clock, said = Clock(), []
+    run_one = fake_run(after=clock.forward)
+    monkeypatch.setattr(experiment, "time", clock)
     monkeypatch.setattr(experiment, "_run_one", run_one)
-    monkeypatch.setenv(experiment.UNTIL, str(time.time() + left))
+    monkeypatch.setenv(experiment.UNTIL, str(clock.now + left))
     specs = grid(BASE, seed=range(4))
-    assert len(experiment.run(specs, records.run_folder(tmp_path), progress=said.append)) == len(run_one.ran) == (1 if left == 0.5 else ran)
-    assert sum(line.endswith("left for the next call") for line in said) == 4 - len(run_one.ran)
+    assert len(experiment.run(specs, records.run_folder(tmp_path), progress=said.append)) == len(run_one.ran) == ran
+    assert sum(line.endswith("left for the next call") for line in said) == 4 - ran
     monkeypatch.delenv(experiment.UNTIL)
     assert [r["run_id"] for r in experiment.run(specs, tmp_path)] == [spec.run_id for spec in specs]
 
@@ -247,7 +267,7 @@ def test_memory_that_runs_out_is_told_from_a_failure(tmp_path, monkeypatch, erro
 
 
 def running(folder: Path) -> list[str]:
-    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in lines if str(folder) in line]
 
 
@@ -263,12 +283,9 @@ def test_two_ranks_share_the_rows(folder, swept):
 
 
 def test_an_interrupt_ends_the_ranks(tmp_path):
-    def progress(line):
-        raise KeyboardInterrupt
-
-    spec = replace(BASE, corpus="arithmetik", world_size=2)
+    control_c(2)
     with pytest.raises(KeyboardInterrupt):
-        experiment._launch(spec, records.run_folder(tmp_path), progress)
+        experiment.run([replace(BASE, world_size=2, steps=10_000)], records.run_folder(tmp_path))
     assert running(tmp_path) == [] and files(tmp_path) == []
 
 
