@@ -83,8 +83,9 @@ def execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
 def _publishable(path: Path, folder: Path) -> None:
     """Take machine paths, papermill's bookkeeping and widget state out of an executed notebook, so that it renders on GitHub."""
     text = path.read_text()
-    for prefix, name in ((str(folder.resolve()), folder.name), (str(records.project_root().resolve()), "."), (str(Path.home()), "~")):
-        text = text.replace(prefix, name)
+    for here, name in ((folder, folder.name), (records.project_root(), "."), (Path.home(), "~")):
+        for prefix in {str(here.resolve()), str(here.absolute())} - {"/"}:  # the home of a container's nameless user is /
+            text = text.replace(prefix, name)
     notebook = nbformat.reads(text, 4)
     notebook.metadata.pop("widgets", None)
     notebook.metadata.pop("papermill", None)
@@ -107,15 +108,19 @@ def reproduce(preset: str, *, output: str | None = None, only: list[str] | None 
             raise unknown_name("notebook", missing[0], chosen)
         chosen = picked
     folder = records.run_folder(output or preset)
-    if minutes:
+    if minutes is not None:
         os.environ[experiment.UNTIL] = str(time.time() + 60 * minutes)
     sources = {path.stem: path for path in notebooks()}
     started = time.monotonic()
-    for i, (name, parameters) in enumerate(chosen.items()):
-        logger.info("notebook %d/%d: %s", i + 1, len(chosen), name)
-        begun = time.monotonic()
-        execute(sources[name], folder, parameters or {})
-        logger.info("notebook %d/%d: %s done in %.0f s", i + 1, len(chosen), name, time.monotonic() - begun)
+    try:
+        for i, (name, parameters) in enumerate(chosen.items()):
+            logger.info("notebook %d/%d: %s", i + 1, len(chosen), name)
+            begun = time.monotonic()
+            execute(sources[name], folder, parameters or {})
+            logger.info("notebook %d/%d: %s done in %.0f s", i + 1, len(chosen), name, time.monotonic() - begun)
+    finally:
+        if minutes is not None:
+            del os.environ[experiment.UNTIL]  # the next call has all the time it wants
     report = write_report(folder)
     logger.info("%s in %.0f s: executed notebooks in %s, report in %s", preset, time.monotonic() - started, folder, report)
     return folder
@@ -128,7 +133,7 @@ def write_report(folder: Path) -> Path:
     if found:
         environments = (record["environment"] for record in found)
         places = sorted({f"{e['device']}, torch {e['torch']}, transformers {e['transformers']}" for e in environments})
-        lines += [f"{len(found)} measured runs on: {'; '.join(places)}.", "", headline(folder), ""]
+        lines += [f"{len(found)} measured runs on: {'; '.join(places)}.", "", *filter(None, [headline(folder)]), ""]
     for path in sorted((folder / "summaries").glob("*.json")):
         summary = records.read_json(path)
         lines += [f"## [{summary['title']}]({path.stem}.ipynb)", "", *(f"- {finding}" for finding in summary["findings"]), ""]
@@ -140,10 +145,11 @@ def write_report(folder: Path) -> Path:
 
 
 def headline(folder: Path) -> str:
-    """The table of measured arms as Markdown: what the terminal, the report and the README show."""
+    """The table of measured arms as Markdown: what the terminal, the report and the README show. Empty where no training run has a record."""
     frame = records.load_records(folder)
-    speed = frame[frame["repeat"] >= 0]
-    return tables.markdown(tables.display_table(tables.against(speed)))
+    if "strategy" not in frame:  # no record, or notebook 05's of attention alone
+        return ""
+    return tables.markdown(tables.display_table(tables.against(tables.one_setting(frame.dropna(subset="strategy")))))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,5 +162,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(arguments: argparse.Namespace) -> str:
     """`python -m packlib reproduce`: returns what is printed at the end."""
     folder = reproduce(arguments.preset, output=arguments.output, only=arguments.only, minutes=arguments.minutes)
-    table = headline(folder) if any((folder / "records").glob("*.json")) else ""
-    return f"{table}\n\nexecuted notebooks: {folder}\nreport:             {folder / 'report.md'}"
+    return f"{headline(folder)}\n\nexecuted notebooks: {folder}\nreport:             {folder / 'report.md'}"

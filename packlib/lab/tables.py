@@ -12,6 +12,8 @@ from packlib.lab.strategies import STRATEGIES
 # two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom
 _T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
         2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]  # fmt: skip
+_VALUES = ("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "slots_per_s", "peak_memory_bytes", "fill", "waste", "rows", "optimizer_steps",
+           "step_seconds", "utilization", "loss", "speed_up", "speed_up_low", "speed_up_high", "limit", "memory_ratio")  # fmt: skip
 
 
 def short(name: str) -> str:
@@ -26,7 +28,20 @@ def arm_label(strategy: str, kernel: str) -> str:
 
 def t95(n: int) -> float:
     """Student's t for a 95 % interval of a mean over n values (NaN below two)."""
-    return math.nan if n < 2 else _T95[n - 2] if n - 2 < len(_T95) else 1.96
+    return math.nan if n < 2 else _T95[n - 2] if n - 2 < len(_T95) else 1.96 + 2.372 / (n - 1) + 2.82 / (n - 1) ** 2  # Cornish-Fisher
+
+
+def one_setting(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of each model and corpus the runs of the one setting that most arms share, all repeats and seeds of it.
+
+    A run folder also holds other batch sizes, learning rates and lengths of training: each is a comparison of its own.
+    """
+    free = {"run_id", "status", "error", "model", "corpus", "strategy", "kernel", "seed", "repeat"}
+    fixed, kept = [name for name in frame if "." not in name and name not in free], []
+    for _, group in frame.groupby(["model", "corpus"], sort=False):
+        settings = [arms for _, arms in group.groupby(fixed, sort=False, dropna=False)]
+        kept.append(max(settings, key=lambda arms: len(arms[["strategy", "kernel"]].drop_duplicates())))
+    return pd.concat(kept) if kept else frame
 
 
 def against(frame: pd.DataFrame, base: str = "padding", by: tuple[str, ...] = ("model", "corpus")) -> pd.DataFrame:
@@ -42,6 +57,7 @@ def against(frame: pd.DataFrame, base: str = "padding", by: tuple[str, ...] = ("
         for (strategy, kernel), arm in group.groupby(["strategy", "kernel"], sort=False):
             ok = arm[arm["status"] == "ok"]
             row = {**{key: arm[key].iloc[0] for key in by}, "strategy": strategy, "kernel": kernel, "status": arm["status"].iloc[0], "runs": len(ok)}
+            row |= dict.fromkeys(_VALUES, math.nan)
             if len(ok):
                 rate = ok["metrics.tokens_per_s.mean"]
                 row |= {
@@ -104,7 +120,7 @@ def display_table(table: pd.DataFrame) -> pd.DataFrame:
         "batching": [arm_label(*arm) for arm in zip(table["strategy"], table["kernel"])],
         "rows": table.get("rows"), "real tokens/s": table.get("tokens_per_s"), "slots/s": table.get("slots_per_s"),
         "× padding": table.get("speed_up"), "limit": table.get("limit"), "fill": table.get("fill"),
-        "peak memory (GB)": table.get("peak_memory_bytes") / 1e9, "validation loss": table.get("loss"), "status": table["status"],
+        "peak memory (GB)": table["peak_memory_bytes"] / 1e9, "validation loss": table.get("loss"), "status": table["status"],
     })  # fmt: skip
     formats = {"rows": "{:,.0f}", "real tokens/s": "{:,.0f}", "slots/s": "{:,.0f}", "× padding": "{:.2f}", "limit": "{:.2f}", "fill": "{:.3f}",
                "peak memory (GB)": "{:.2f}", "validation loss": "{:.4f}"}  # fmt: skip
