@@ -17,6 +17,7 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
+from nbclient.exceptions import DeadKernelError
 
 from packlib.lab import experiment, records, tables
 from packlib.lab.parameters import unknown_name
@@ -73,6 +74,8 @@ def execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
         raise NotebookFailed(f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {unfinished}") from None
+    except DeadKernelError as error:
+        raise NotebookFailed(f"{notebook.name}: {error}, killed or out of memory; see {unfinished}") from None
     if not summary.exists() or summary.stat().st_mtime_ns == before:
         raise NotebookFailed(f"{notebook.name} ended without writing {summary.name}; see {unfinished}")
     _publishable(unfinished, folder)
