@@ -168,8 +168,10 @@ def test_the_headline_compares_one_setting(tmp_path):
     curve = [row(rate=50, batch_size=1), row("minibatch_packing", 60, batch_size=1)]
     for i, found in enumerate([*curve, row(), row("minibatch_packing", 190, 1.0), lost("multipack_posid"), row("multipack_posid", 9e9, steps=3)]):
         records.write_record(folder, record(f"r{i}", found))
+    shared = record("shared", row("fixed_length_packing", 1.0))
+    records.write_record(folder, shared | {"environment": shared["environment"] | {"concurrent_runs": 2}})
     lines = reproduce.write_report(folder).read_text().splitlines()
-    assert lines[2] == "6 measured runs on: CPU, torch 2, transformers 5."
+    assert lines[2] == "7 measured runs on: CPU, torch 2, transformers 5."
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     shown = {cells[2]: dict(zip(table[0], cells)) for cells in table[2:]}
     assert list(shown) == ["Padding", "MiniBatchPacking + PosID", "Multipack + PosID"]
