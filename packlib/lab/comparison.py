@@ -1,14 +1,14 @@
 """The paper's tables and figures beside what run folders hold: what only notebook 09 needs. Nothing is measured, and no GPU is needed.
 
-Only like is set beside like: of every run folder, model and corpus the one setting that most arms share, attention from one kernel, and the paper's
-value of the same model. Where a model stands for one of the paper's (tiny-llama on a CPU), their ratios to padding are set beside each other and
-their absolute numbers are not. What either side does not say stays empty.
+Like beside like: of every run folder, model and corpus the one setting that most arms share, on one kernel, and the paper's value of the same model.
+Where a model stands for one of the paper's (tiny-llama on a CPU), only ratios to padding are compared. What either side does not say stays empty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,7 @@ BATCHING = {SAME.get(strategy, strategy): name for name, strategy in paper.STRAT
 FLAN, BLOG_MODELS = "FLAN", ("mistral-7b", "llama-2-7b", "granite-8b-code")  # the data of Table 2; the models of the blog post
 VALUES, RATIOS = ["rows", "tokens_per_s", "peak_memory_bytes", "loss"], ["speed_up", "memory_ratio"]
 FIELDS = [field.name for field in fields(RunSpec)]
-ARM = {"strategy", "kernel", "seed", "repeat", "atom_size"}  # what may differ between the arms of one comparison
-STEP = {"batch_size", "gradient_accumulation", "steps", "eval_every", "generate_examples", "examples_per_step"}  # in Table 4 these, too
+STEP = {"batch_size", "gradient_accumulation", "steps", "eval_every", "generate_examples", "examples_per_step"}  # differ between arms of Table 4
 STATE_BYTES = {"float32": 16, "bf16_mixed": 16, "bfloat16": 8}  # a parameter's weight, gradient and AdamW's two moments
 UNITS = {  # title of a pair of columns: column, divisor, format
     "rows": ("rows", 1, "{:,.0f}"), "real tokens/s": ("tokens_per_s", 1, "{:,.0f}"), "peak memory (GB)": ("peak_memory_bytes", 1e9, "{:.1f}"),
@@ -37,56 +36,46 @@ UNITS = {  # title of a pair of columns: column, divisor, format
 def measured(run: Path, published: Sequence[str] = ()) -> pd.DataFrame:
     """`records.load_records` of the training runs in `run` and in published run folders, with `run`, the folder's name, as a column.
 
-    A run that both hold counts for `run`. Raises `ValueError` for a published name without records, listing those with some.
+    published: names under papermill_runs/, or patterns. A run that two folders hold counts for the first. `ValueError`: a name without records.
     """
     root = records.project_root() / "papermill_runs"
     known = [path.parent.name for path in sorted(root.glob("*/records")) if any(path.glob("*.json"))]
-    for name in published:
-        if name not in known:
-            raise unknown_name("published run", name, known)
-    frames = [records.load_records(folder).assign(run=folder.name) for folder in (run, *(root / name for name in published))]
+    if unknown := [name for name in published if name not in known and not set(name) & set("*?[")]:
+        raise unknown_name("published run", unknown[0], known)
+    folders = [run, *(root / name for name in known if any(fnmatch(name, pattern) for pattern in published))]
+    frames = [records.load_records(folder).assign(run=folder.name) for folder in folders]
     frame = pd.concat([f for f in frames if len(f)] or [pd.DataFrame(columns=["run_id"])], ignore_index=True)
-    frame = frame.reindex(columns=list(dict.fromkeys([*frame, "run", "status", *FIELDS])))
+    frame = frame.reindex(columns=list(dict.fromkeys([*frame, "run", "status", "environment.concurrent_runs", *FIELDS])))
     return frame[frame["strategy"].isin(list(STRATEGIES))].drop_duplicates("run_id").reset_index(drop=True)
 
 
-def _one_setting(frame: pd.DataFrame, free: Iterable[str]) -> pd.DataFrame:
-    """Per run, model and corpus: the arms that differ in `free` fields only, of the setting that has most of them (the paper's batch first)."""
-    fixed, kept = [name for name in FIELDS if name not in {*free, "model", "corpus"}], []
-    for _, group in frame.groupby(["run", "model", "corpus"], sort=False):
-        settings = [arms for _, arms in group.groupby(fixed, sort=False, dropna=False)]
-        kept.append(max(settings, key=lambda a: (a["strategy"].nunique(), (a["batch_size"] == paper.SETTING["batch_size"]).all(), len(a))))
-    return pd.concat(kept, ignore_index=True) if kept else frame.iloc[:0]
+def _one_setting(frame: pd.DataFrame, free: Iterable[str] = ()) -> pd.DataFrame:
+    """`tables.one_setting` of every run, where arms may also differ in the fields `free`."""
+    kept = [tables.one_setting(runs.drop(columns=list(free))).index for _, runs in frame.groupby("run", sort=False)]
+    return frame.loc[[i for index in kept for i in index]]
 
 
 def speed_arms(frame: pd.DataFrame) -> pd.DataFrame:
-    """Records of notebook 06 that Table 2 can be held against: the paper's strategies on packlib's attention, one setting."""
+    """Records of notebook 06 that Table 2 can be held against: the paper's strategies on packlib's attention, with the device to themselves."""
     chosen = frame["eval_every"].isna() & frame["strategy"].isin(list(BATCHING)) & (frame["kernel"] == "auto") & (frame["status"] == "ok")
-    return _one_setting(frame[chosen], ARM)
+    return _one_setting(frame[chosen & (frame["environment.concurrent_runs"].fillna(1) == 1)])
 
 
 def convergence_arms(frame: pd.DataFrame) -> pd.DataFrame:
     """Records of notebook 07 that Table 4 can be held against, with the columns of `convergence.results`, `run` and `model`."""
-    wanted = frame["strategy"].isin(paper.table_4()["strategy"]) & frame["atom_size"].isna()
-    found, rows = _one_setting(frame[wanted & frame["eval_every"].notna() & (frame["status"] == "ok")], ARM | STEP), []
-    for (run, model, corpus), group in found.groupby(["run", "model", "corpus"], sort=False):
-        sizes = group["batch_size"] * group["gradient_accumulation"]
-        fewer = sizes.isin(sizes[group["strategy"] == "padding"])  # as many rows to a step as padding has examples
-        for record, few in zip(group.to_dict("records"), fewer):
-            variant = "" if record["strategy"] == "padding" else convergence.EPOCHS if few else convergence.STEPS
-            arm = convergence.Arm(record["strategy"], variant, None)
-            names = {"run": run, "model": model, "corpus": tables.short(corpus), "arm": arm.label, "strategy": arm.strategy, "variant": variant}
-            batch = "({batch_size}, {max_tokens}, {gradient_accumulation})".format(**record)
-            result = {"batch": batch, "steps": record["metrics.optimizer_steps"], "per_token": record["metrics.eval_loss_per_token"]}
-            rows.append(names | {"seed": record["seed"], "status": record["status"]} | result)
-    return pd.DataFrame(rows, columns=["run", "model", "corpus", "arm", "strategy", "variant", "seed", "status", "batch", "steps", "per_token"])
+    wanted = frame["strategy"].isin(paper.table_4()["strategy"]) & frame["eval_every"].notna() & (frame["status"] == "ok")
+    found = _one_setting(frame[wanted], STEP)
+    padding, rows = found["strategy"] == "padding", found["batch_size"] * found["gradient_accumulation"]
+    usual = rows.where(padding).groupby([found["run"], found["model"], found["corpus"]]).transform("max")
+    variant = np.where(padding, "", np.where(rows == usual, convergence.EPOCHS, convergence.STEPS))  # as many rows as padding has examples: few steps
+    batch = [f"({size}, {tokens}, {steps})" for size, tokens, steps in zip(found["batch_size"], found["max_tokens"], found["gradient_accumulation"])]
+    arm = [convergence.Arm(*names, None).label for names in zip(found["strategy"], variant)]
+    results = found.reindex(columns=["metrics.optimizer_steps", "metrics.eval_loss_per_token"]).set_axis(["steps", "per_token"], axis=1)
+    return found.assign(corpus=found["corpus"].map(tables.short), arm=arm, variant=variant, batch=batch).drop(columns="steps").join(results)
 
 
 def paper_values() -> pd.DataFrame:
-    """What the paper and its blog post say: `data, model, strategy`, `VALUES` and `RATIOS`; strategies by our names, NaN where they are silent.
-
-    Table 2 gives FLAN; for OrcaMath there is the blog post's "about", for its three models.
-    """
+    """`data, model, strategy`, `VALUES` and `RATIOS`, NaN where unknown: Table 2 for FLAN, for OrcaMath the blog's "about" for its three models."""
     table = paper.table_2().rename(columns={"eval_loss_per_token": "loss"}).assign(data=FLAN)
     table = table.merge(paper.ratios_to_padding()[["model", "strategy", *RATIOS]], how="left", on=["model", "strategy"])
     blog = paper.blog_ratios().assign(strategy="minibatch_packing", memory_ratio=lambda t: 1 + t["memory_change"])
@@ -105,17 +94,18 @@ def side_by_side(arms: pd.DataFrame, data: Mapping[str, str], stand_ins: Mapping
     columns = ["run", "model", "corpus", "strategy", *VALUES, *RATIOS, "limit"]
     ours = (tables.against(arms, by=("run", "model", "corpus")) if len(arms) else pd.DataFrame()).reindex(columns=columns)
     ours["corpus"] = ours["corpus"].map(tables.short)
-    ours["data"] = pd.Series([next((there for here, there in data.items() if c.startswith(here)), "") for c in ours["corpus"]], dtype=object)
+    ours["data"] = [next((there for here, there in data.items() if name.startswith(here)), "") for name in ours["corpus"]]
     known, keys = paper_values(), ["data", "model", "strategy"]
     table = ours.merge(known[keys + VALUES], how="outer", on=keys, suffixes=("", "_paper"))
+    table = table.astype({"run": object, "corpus": object})  # all empty where nothing was measured
     table["like"] = table["model"].replace(dict(stand_ins))
     ratios = known.rename(columns={"model": "like"})[["data", "like", "strategy", *RATIOS]]
     table = table.merge(ratios, how="left", on=["data", "like", "strategy"], suffixes=("", "_paper"))
     states = {key: _state_bytes(group.iloc[0]) for key, group in arms.groupby(["run", "model"])}
     peaks = table[table["strategy"] == "padding"].set_index(["run", "model", "corpus"])["peak_memory_bytes"]
     table["floor"] = [states.get((r.run, r.model), np.nan) / peaks.get((r.run, r.model, r.corpus), np.nan) for r in table.itertuples()]
-    order = {name: rank for rank, name in enumerate([*arms["run"], *known["model"], *arms["model"], *known["data"], *BATCHING])}
-    return table.sort_values(["run", "model", "data", "strategy"], key=lambda names: names.map(order), ignore_index=True)
+    order = list(dict.fromkeys([*arms["run"], *known["model"], *arms["model"], *known["data"], *BATCHING]))
+    return table.sort_values(["run", "model", "data", "strategy"], key=lambda c: c.map(dict(zip(order, range(len(order))))), ignore_index=True)
 
 
 def _state_bytes(record: pd.Series) -> float:
@@ -127,10 +117,9 @@ def _state_bytes(record: pd.Series) -> float:
 
 
 def pairs(table: pd.DataFrame, titles: Sequence[str]) -> pd.DataFrame:
-    """`side_by_side` as it is read: run, model, data and batching to the left, `paper` and `here` under every title; rows without a value left out."""
+    """`side_by_side` as it is read: run, model, data and batching to the left, `paper` and `here` under every title; no rows without a value."""
     cells = {}
-    for title in titles:
-        column, divisor, form = UNITS[title]
+    for title, (column, divisor, form) in ((title, UNITS[title]) for title in titles):
         sides = {"paper": f"{column}_paper", "here": column} | ({"limit": "limit"} if column == "speed_up" else {})
         cells |= {(title, side): [form.format(v / divisor) if pd.notna(v) else "" for v in table[name]] for side, name in sides.items()}
     data = [there if pd.isna(here) else f"{here} for {there}" if there else here for here, there in zip(table["corpus"], table["data"])]
@@ -140,18 +129,43 @@ def pairs(table: pd.DataFrame, titles: Sequence[str]) -> pd.DataFrame:
 
 
 def bars(table: pd.DataFrame, value: str, by: Sequence[str], title: str, xlabel: str, line: str, meaning: str) -> Figure:
-    """`figures.beside_paper` of one of `RATIOS`, labelled by these columns, with the column `line` dashed on every bar of ours that has one."""
-    named = table.assign(batching=table["strategy"].map(BATCHING), corpus=table["corpus"].fillna(table["data"]), run=table["run"].fillna("not measured"))
+    """`figures.beside_paper` of one of `RATIOS`, the range of both in the title, labelled by these columns, the column `line` dashed on our bars."""
+    named = table.assign(corpus=table["corpus"].fillna(table["data"]), batching=table["strategy"].map(BATCHING)).fillna({"run": "not measured"})
     named["label"] = named[list(by)].agg(", ".join, axis=1)
-    sides = [named.assign(source="paper", **{value: named[f"{value}_paper"]}), named.assign(source="ours")]
-    figure = figures.beside_paper(pd.concat(sides), value, title, xlabel)
+    theirs = named.assign(source="paper", **{value: named[f"{value}_paper"]})
+    figure = figures.beside_paper(pd.concat([theirs, named.assign(source="ours")]), value, "", xlabel)
+    spans = [f"{rows.min():.2f} to {rows.max():.2f}" if rows.notna().any() else "nothing" for rows in (named[value], theirs[value])]
+    figure.suptitle(f"{title}:\n{spans[0]} here, {spans[1]} in the paper", x=0.01, ha="left", fontweight="bold", fontsize=13)
     ax = figure.axes[0]
-    for y, at in enumerate(named[line]):
+    for y, (at, end) in enumerate(zip(named[line], named[value])):
         ax.plot([at, at], [y, y + 0.4], **figures.LIMIT)
+        if end < at < end + 0.12 * ax.get_xlim()[1]:  # the number would lie under the line
+            ax.texts[len(named) + y].set_x(at)
     ax.plot([], [], label=meaning, **figures.LIMIT)
     ax.axvline(1, color="0.4", linewidth=1)
+    ax.set(ylim=(len(named) - 0.4, -0.6))
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def settings(arms: pd.DataFrame) -> pd.DataFrame:
+    """What differs besides the batching: a row each, a column for the paper and one a run; empty where it is not known."""
+    known, rows = paper.SETTING, paper.table_2().set_index(["model", "strategy"])["rows"]["mistral-7b"]
+    names = ["machine", "weights", "forward and backward", "gradients, AdamW's moments", "attention", "batch × accumulation", "longest row (tokens)"]
+    names += ["tokens per example", "slots per real token, padded"]
+    per_example = f"{FLAN}: {rows['fixed_length_packing'] * known['max_tokens'] / rows['padding']:.0f}"
+    batch, longest = "{batch_size} × {gradient_accumulation}".format(**known), f"{known['max_tokens']:,}"
+    columns = {"paper": [known["devices"], "pretrained", known["dtype"], "", "Flash Attention 2", batch, longest, per_example, ""]}
+    for run, group in arms.groupby("run", sort=False):
+        one, padded = group.iloc[0], group[group["strategy"] == "padding"].drop_duplicates("corpus")
+        counts = [padded["plan.real_tokens"] / padded["plan.examples"], padded["plan.waste"]]
+        columns[run] = [
+            f"{one['world_size']:.0f} x {one['environment.device']}, not sharded", "random" if one["model"] in models.MODELS else "pretrained",
+            one["dtype"], "bfloat16" if one["dtype"] == "bfloat16" else "float32", one["metrics.kernel"],
+            "{batch_size:.0f} × {gradient_accumulation:.0f}".format(**one), f"{one['max_tokens']:,.0f}",
+            *(", ".join(f"{tables.short(c)}: {v:{form}}" for c, v in zip(padded["corpus"], values)) for values, form in zip(counts, (".0f", ".2f"))),
+        ]  # fmt: skip
+    return pd.DataFrame(columns, index=names)
 
 
 def table_4(found: pd.DataFrame) -> pd.DataFrame:
@@ -165,16 +179,15 @@ def findings(table: pd.DataFrame, four: pd.DataFrame, run: str) -> list[str]:
     said = [] if (table["run"] == run).any() else [f"Run {run} has no speed that could be compared: notebook 06 measures it."]
     both = table[(table["strategy"] != "padding") & table["speed_up"].notna() & table["speed_up_paper"].notna()]
     for row in both[both["strategy"] == "minibatch_packing"].itertuples():
-        text = f"{row.run}, {row.model} on {row.corpus}: MiniBatchPacking + PosID is {row.speed_up:.2f} times as fast as padding (limit {row.limit:.2f})"
-        text += f" and takes {row.memory_ratio:.2f} of its peak memory; the paper's {row.like} on {row.data}: {row.speed_up_paper:.2f} and "
+        text = f"{row.run}, {row.model} on {row.corpus}: MiniBatchPacking + PosID is {row.speed_up:.2f} times as fast as padding, with a limit of "
+        text += f"{row.limit:.2f}, and takes {row.memory_ratio:.2f} of its peak memory; the paper's {row.like} on {row.data}: "
         freed = f" Of the memory that batching can change it saves {(1 - row.memory_ratio) / (1 - row.floor):.0%}." if row.floor < 1 else ""
-        said.append(f"{text}{row.memory_ratio_paper:.2f}.{freed}")
+        said.append(f"{text}{row.speed_up_paper:.2f} and {row.memory_ratio_paper:.2f}.{freed}")
     if len(both):
         gap = both["speed_up"] / both["speed_up_paper"]
-        far = both.loc[np.log(gap).abs().idxmax()]
-        said.append(f"{len(both)} speed-ups are known on both sides; ours are {gap.min():.2f} to {gap.max():.2f} times the paper's. Farthest apart: "
-                    f"{BATCHING[far['strategy']]}, {far['run']}, {far['model']} on {far['corpus']}: {far['speed_up']:.2f}, the paper's "
-                    f"{far['speed_up_paper']:.2f}.")  # fmt: skip
+        far = both.assign(batching=both["strategy"].map(BATCHING)).loc[np.log(gap).abs().idxmax()]
+        where = "{batching}, {run}, {model} on {corpus}: {speed_up:.2f}, the paper's {speed_up_paper:.2f}".format(**far)
+        said.append(f"{len(both)} speed-ups are known on both sides, ours {gap.min():.2f} to {gap.max():.2f} times the paper's; farthest is {where}.")
     for name, rows in four.groupby("setting", sort=False):
         loss = rows.set_index(["source", "label"])["loss"]
         for variant in (convergence.EPOCHS, convergence.STEPS):
@@ -182,5 +195,5 @@ def findings(table: pd.DataFrame, four: pd.DataFrame, run: str) -> list[str]:
             if {("ours", without), ("ours", with_ids)} <= set(loss.index):
                 cost = {who: loss[who, without] - loss[who, with_ids] for who in ("ours", "paper")}
                 said.append(f"{name}, {variant}: leaving out position ids costs {cost['ours']:+.3f} nats, in the paper {cost['paper']:+.3f}.")
-    missing = table["run"].isna() & table[[f"{value}_paper" for value in VALUES]].notna().any(axis=1)
-    return [*said, f"{missing.sum()} of {len(paper.table_2())} rows of the paper's Table 2 were measured in none of these runs."]
+    missing = int((table["run"].isna() & table[[f"{value}_paper" for value in VALUES]].notna().any(axis=1)).sum())
+    return [*said, f"{missing} of {len(paper.table_2())} rows of the paper's Table 2 were measured in none of these runs."]

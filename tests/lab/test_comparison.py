@@ -1,0 +1,199 @@
+"""Like is set beside like; what one side does not say stays empty; every ratio, limit and sentence follows from hand-made records."""
+
+from dataclasses import asdict, replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from packlib.lab import comparison, models, paper, records
+from packlib.lab.convergence import EPOCHS, FIXED, POSID, STEPS
+from packlib.lab.experiment import RunSpec
+
+GPU = RunSpec(model="mistral-7b", corpus="multitask_mistral_{split}.npz", batch_size=4, max_tokens=4096, gradient_accumulation=2, dtype="bfloat16")
+TINY = RunSpec(model="tiny-llama", corpus="pydocs")
+DATA, STAND_INS = {"multitask": "FLAN", "pydocs": "FLAN", "math": "OrcaMath"}, {"tiny-llama": "mistral-7b"}
+
+
+def write(folder, spec, *, rate=0.0, memory=1e9, waste=1.0, status="ok", loss=None, steps=10, devices=1, concurrent=1):
+    """A record as a measured run leaves it, without measuring."""
+    metrics = {
+        "tokens_per_s": {"mean": rate}, "slots_per_s": {"mean": rate * waste}, "step_seconds": {"p50": 1.0}, "peak_memory_bytes": memory,
+        "measured_fill": 1 / waste, "measured_waste": waste, "optimizer_steps": steps, "model_flops_utilization": 0.5, "kernel": "torch_varlen",
+        "eval_loss_per_token": loss,
+    }  # fmt: skip
+    plan = {"examples": 1000, "rows": 250, "real_tokens": 500_000, "waste": waste}
+    record = {"run_id": spec.run_id, "status": status, "error": None, "spec": asdict(spec), "environment": {"created": "now", "device": "GPU"}}
+    record["environment"] |= {"device_count": devices, "concurrent_runs": concurrent}
+    records.write_record(folder, record | {"plan": plan, "metrics": metrics if status == "ok" else None, "trace": None})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """mistral-7b: packing is 1.5 times padding, of a limit of 2; a second batch size has the fewer arms, one arm did not fit."""
+    folder = records.run_folder(tmp_path / "somewhere")
+    write(folder, GPU, rate=1000, memory=70e9, waste=2.0)
+    write(folder, replace(GPU, strategy="minibatch_packing"), rate=1500, memory=63e9)
+    write(folder, replace(GPU, strategy="multipack_posid"), rate=2200, memory=77e9)
+    write(folder, replace(GPU, strategy="minibatch_packing", repeat=1), rate=1600, memory=63e9)
+    write(folder, replace(GPU, strategy=FIXED), status="oom")
+    write(folder, replace(GPU, batch_size=16), rate=9000, memory=1e9, waste=9.0)
+    write(folder, replace(GPU, strategy="minibatch_packing", batch_size=16), rate=9999, memory=1e9)
+    write(folder, replace(GPU, kernel="transformers_sdpa"), rate=1, memory=1e12, waste=2.0)
+    write(folder, replace(GPU, strategy="trl_padding_free"), rate=1, memory=1)
+    return folder
+
+
+def beside(folder, published=()):
+    return comparison.side_by_side(comparison.speed_arms(comparison.measured(folder, published)), DATA, STAND_INS)
+
+
+def row(table, **where):
+    found = table[np.logical_and.reduce([table[name] == value for name, value in where.items()])]
+    assert len(found) == 1, f"{len(found)} rows where {where}"
+    return found.iloc[0]
+
+
+def test_ratios_limit_and_floor_are_those_of_one_setting(folder):
+    packed = row(beside(folder), model="mistral-7b", corpus="multitask_mistral", strategy="minibatch_packing")
+    assert packed["tokens_per_s"] == 1550, "repeats are pooled; batch 16, other kernels and TRL's peers are not"
+    assert (packed["speed_up"], packed["limit"], packed["memory_ratio"]) == (1.55, 2.0, 0.9)
+    parameters = models.parameter_count(models.model_config("mistral-7b")).total
+    assert packed["floor"] == pytest.approx(8 * parameters / 70e9)
+    assert (packed["tokens_per_s_paper"], packed["data"], packed["rows"]) == (1408, "FLAN", 1000)
+    assert packed["speed_up_paper"] == pytest.approx(1408 / 742)
+
+
+def test_offline_packing_is_multipack_and_a_run_out_of_memory_is_no_row(folder):
+    table = beside(folder)
+    assert row(table, model="mistral-7b", strategy="multipack_posid")["tokens_per_s_paper"] == 3010
+    assert pd.isna(row(table, model="mistral-7b", strategy=FIXED)["run"]), "in the paper, and here without a result"
+
+
+def test_times_of_runs_that_shared_the_device_do_not_count(tmp_path):
+    folder = records.run_folder(tmp_path / "shared")
+    write(folder, GPU, rate=1000)
+    write(folder, replace(GPU, strategy="minibatch_packing"), rate=10, concurrent=2)
+    write(folder, replace(GPU, strategy="minibatch_packing", repeat=1), rate=1500)
+    assert row(beside(folder), strategy="minibatch_packing", run="shared")["speed_up"] == 1.5
+
+
+def test_every_row_of_table_2_is_there_once(folder):
+    table = beside(folder)
+    absolute = [f"{name}_paper" for name in comparison.VALUES]
+    known = table[table[absolute].notna().any(axis=1)]
+    assert len(known) == len(paper.table_2()) == len(known.drop_duplicates(["model", "strategy"]))
+    for name in ("tokens_per_s", "peak_memory_bytes", "rows"):
+        assert known[f"{name}_paper"].sum() == paper.table_2()[name].sum()
+    assert known["loss_paper"].sum() == pytest.approx(paper.table_2()["eval_loss_per_token"].sum())
+
+
+def test_a_stand_in_has_the_papers_ratios_and_none_of_its_absolute_numbers(tmp_path):
+    folder = records.run_folder(tmp_path / "cpu")
+    for strategy, rate in (("padding", 100), ("minibatch_packing", 180)):
+        write(folder, replace(TINY, strategy=strategy), rate=rate, memory=1e9, waste=2.0 if strategy == "padding" else 1.0, devices=0)
+    packed = row(beside(folder), model="tiny-llama", strategy="minibatch_packing")
+    assert packed["speed_up_paper"] == pytest.approx(1408 / 742) and pd.isna(packed["tokens_per_s_paper"])
+    assert pd.isna(packed["floor"]), "a process's own memory is in the peak of a CPU run"
+    alone = comparison.side_by_side(comparison.speed_arms(comparison.measured(folder)), {}, {})
+    assert pd.isna(row(alone, model="tiny-llama", strategy="minibatch_packing")["speed_up_paper"]), "nothing stands for anything by itself"
+
+
+def test_orcamath_is_the_blogs_about(tmp_path):
+    folder = records.run_folder(tmp_path / "math")
+    for strategy in ("padding", "minibatch_packing"):
+        write(folder, replace(GPU, corpus="math_mistral_{split}.npz", strategy=strategy), rate=1, memory=1e9)
+    packed = row(beside(folder), corpus="math_mistral", strategy="minibatch_packing")
+    assert (packed["speed_up_paper"], packed["memory_ratio_paper"]) == (1.4, 0.94)
+    assert pd.isna(packed["tokens_per_s_paper"])
+
+
+def test_an_empty_folder_shows_the_paper_with_empty_cells(tmp_path):
+    folder = records.run_folder(tmp_path / "nothing")
+    frame = comparison.measured(folder)
+    table, four = beside(folder), comparison.table_4(comparison.convergence_arms(frame))
+    shown = comparison.pairs(table, ["rows", "real tokens/s", "peak memory (GB)", "validation loss"])
+    assert len(shown) == len(paper.table_2()) and (shown.xs("here", axis=1, level=1) == "").all(axis=None)
+    assert shown.loc[("not measured", "mistral-7b", "FLAN", "padding"), ("real tokens/s", "paper")] == "742"
+    assert list(comparison.settings(comparison.speed_arms(frame))) == ["paper"]
+    assert len(four) == 5 and set(four["source"]) == {"paper"}
+    said = comparison.findings(table, four, "nothing")
+    assert said[0].startswith("Run nothing has no speed") and said[-1].startswith("17 of 17 rows")
+
+
+def test_published_runs_stand_beside_and_the_same_run_counts_once(folder, tmp_path, monkeypatch):
+    root = tmp_path / "checkout"
+    monkeypatch.setattr(records, "project_root", lambda: root)
+    published = records.run_folder(root / "papermill_runs" / "gpu1")
+    write(published, GPU, rate=1, memory=1.0)  # folder has it too
+    write(published, replace(GPU, corpus="math_mistral_{split}.npz"), rate=2, memory=1.0)
+    for names in (["gpu1"], ["gpu?"], ["none*", "gpu*"]):
+        frame = comparison.measured(folder, names)
+        assert frame.groupby("run").size().to_dict() == {"somewhere": 9, "gpu1": 1}
+    assert set(comparison.measured(folder, ["none*"])["run"]) == {"somewhere"}
+    with pytest.raises(ValueError, match=r"unknown published run 'gpu2' \(did you mean 'gpu1'\?\); known: gpu1"):
+        comparison.measured(folder, ["gpu2"])
+
+
+def test_settings_say_what_differs(folder):
+    table = comparison.settings(comparison.speed_arms(comparison.measured(folder)))
+    assert table.loc["tokens per example"].to_dict() == {"paper": "FLAN: 471", "somewhere": "multitask_mistral: 500"}
+    assert table.loc["slots per real token, padded", "somewhere"] == "multitask_mistral: 2.00"
+    assert table.loc["batch × accumulation"].tolist() == ["4 × 2", "4 × 2"]
+    assert table.loc["gradients, AdamW's moments"].tolist() == ["", "bfloat16"]
+
+
+LOSSES = [("padding", "", 2.0, 40), (FIXED, EPOCHS, 3.0, 5), (POSID, EPOCHS, 2.5, 5), (FIXED, STEPS, 2.25, 40), (POSID, STEPS, 2.125, 40)]
+
+
+@pytest.fixture
+def trained(folder):
+    base = replace(TINY, batch_size=8, eval_every=2, eval_examples=8, limit=320)
+    for seed in (0, 1):
+        for strategy, variant, loss, steps in LOSSES:
+            changes = {"batch_size": 2, "steps": 40} if variant == STEPS else {}
+            write(folder, replace(base, strategy=strategy, seed=seed, **changes), rate=1, memory=1.0, loss=loss + seed, steps=steps)
+    write(folder, replace(base, strategy=FIXED, atom_size=64, batch_size=2), loss=99.0)
+    write(folder, replace(base, strategy="multipack_posid", learning_rate=1.0), loss=99.0)
+    write(folder, replace(base, limit=32), loss=99.0)
+    return folder
+
+
+def test_table_4_finds_the_arms_by_their_steps(trained):
+    frame = comparison.measured(trained)
+    four = comparison.table_4(comparison.convergence_arms(frame))
+    ours = four[four["source"] == "ours"]
+    assert set(ours["setting"]) == {"somewhere: tiny-llama on pydocs"}
+    assert ours["loss"].tolist() == [2.5, 3.5, 3.0, 2.75, 2.625], "the means over seeds; atoms and other settings are elsewhere"
+    assert ours["steps"].tolist() == [40, 5, 5, 40, 40] and ours["difference"].tolist() == [0.0, 1.0, 0.5, 0.25, 0.125]
+    assert set(comparison.speed_arms(frame)["model"]) == {"mistral-7b"}, "runs that evaluate on the way are not timed against Table 2"
+
+
+def test_findings_are_computed(trained):
+    frame = comparison.measured(trained)
+    table, four = beside(trained), comparison.table_4(comparison.convergence_arms(frame))
+    said = "\n".join(comparison.findings(table, four, "somewhere"))
+    saved = 0.1 / (1 - row(table, strategy="minibatch_packing", run="somewhere")["floor"])
+    assert "1.55 times as fast as padding, with a limit of 2.00, and takes 0.90 of its peak memory;" in said
+    assert "the paper's mistral-7b on FLAN: 1.90 and 0.80" in said
+    assert f"can change it saves {saved:.0%}" in said
+    assert "2 speed-ups are known on both sides" in said and "farthest is offline packing + PosID" in said
+    assert f"{EPOCHS}: leaving out position ids costs +0.500 nats, in the paper +0.073" in said
+    assert f"{STEPS}: leaving out position ids costs +0.125 nats, in the paper +0.082" in said
+    assert "14 of 17 rows" in said and "nan" not in said
+
+
+def test_bars_carry_their_limit_and_no_number_lies_under_it(folder):
+    table = beside(folder)
+    rows = table[(table["run"] == "somewhere") & (table["strategy"] != "padding")]
+    figure = comparison.bars(rows, "speed_up", ["model", "batching"], "Speed-up", "ratio", "limit", "the waste")
+    ax = figure.axes[0]
+    assert figure.get_suptitle() == "Speed-up:\n1.55 to 2.20 here, 1.90 to 4.06 in the paper"
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["mistral-7b, offline packing + PosID", "mistral-7b, MiniBatchPacking + PosID"]
+    dashed = [line for line in ax.lines if line.get_linestyle() == "--" and len(line.get_xdata()) == 2]
+    assert [list(line.get_xdata()) for line in dashed] == [[2.0, 2.0], [2.0, 2.0]]
+    numbers = {text.get_text().strip(): text.get_position()[0] for text in ax.texts}
+    assert numbers["1.55"] == 2.0, "moved past the limit that it would lie under"
+    assert numbers["2.2"] == 2.2
+    plt.close(figure)
