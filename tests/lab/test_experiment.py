@@ -1,4 +1,4 @@
-"""Real runs through trl.SFTTrainer, as small as they come: every strategy leaves a record; deaths, failures and interrupts lose nothing."""
+"""Real runs through trl.SFTTrainer, as small as they come: every arm leaves a record; deaths, failures and interrupts lose nothing."""
 
 import json
 import math
@@ -22,7 +22,10 @@ from packlib.lab.experiment import RunSpec, grid
 EXAMPLES = 16
 BASE = RunSpec(corpus="arithmetic", tokenizer="bpe:512", limit=EXAMPLES, batch_size=4, max_tokens=256, layers=1, warmup_steps=1, eval_examples=6,
                kernel="sdpa")  # fmt: skip
-SWEPT = [name for name in strategies.STRATEGIES if name not in ("random_packing_posid", "sorted_packing_posid", "dynapipe")]  # other planners only
+SWEPT = [
+    "padding", "minibatch_packing", "fixed_length_packing", "fixed_length_packing_posid", "multipack_posid", "trl_padding", "trl_padding_free",
+    "trl_packing_bfd",
+]  # fmt: skip
 KILLED, SLOW = 13, 99  # seeds that `child` treats in its own way
 CURVES = ("slots", "tokens", "loss_tokens", "examples")
 
@@ -72,7 +75,7 @@ def files(folder: Path) -> list[str]:
 # what a run leaves
 
 
-def test_every_strategy_leaves_a_record(swept, folder):
+def test_every_arm_leaves_a_record(swept, folder):
     assert list(swept) == SWEPT
     assert {name: record["error"] for name, record in swept.items() if record["status"] != "ok"} == {}
     assert files(folder) == sorted(f"{record['run_id']}.json" for record in swept.values()), "one record each, nothing half-written"
@@ -97,7 +100,7 @@ def test_a_record_holds_what_the_design_says(swept, folder):
         assert str(Path.home()) not in text and str(folder) not in text, "a path of this machine"
 
 
-def test_every_strategy_trains_on_the_same_tokens(swept):
+def test_every_arm_trains_on_the_same_tokens(swept):
     """Conservation through planner, data set, TRL and collator, counted where the batches are handed over: peers too."""
     for name, record in swept.items():
         totals = {curve: record["trace"][curve][-1] for curve in CURVES}
@@ -258,6 +261,7 @@ def test_memory_that_runs_out_is_told_from_a_failure(tmp_path, monkeypatch, erro
     with warnings.catch_warnings():
         worker.execute(BASE, tmp_path, said.append)
     transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()
     record = records.read_record(tmp_path, BASE.run_id)
     assert (record["status"], record["error"]) == (status, f"{type(error).__name__}: {error}")
     assert bool(said) == traced
