@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from packlib.lab import experiment, records, strategies, worker
+from packlib.lab import experiment, records, worker
 from packlib.lab.experiment import RunSpec, grid
 
 EXAMPLES = 16
