@@ -20,7 +20,6 @@ from typing import Any
 
 import pandas as pd
 
-
 CONCURRENT = "PACKLIB_CONCURRENT_RUNS"  # how many runs share the device; above 1 their losses count and their times do not
 
 
