@@ -129,7 +129,11 @@ def build_model(
     config, device = model_config(name, vocab_size=vocab_size, layers=layers), torch.device(device)
     options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
     if name not in MODELS:
-        return AutoModelForCausalLM.from_pretrained(**_location(name), **options).to(device).train()
+        model = AutoModelForCausalLM.from_pretrained(**_location(name), **options)
+        if "gguf_file" in _location(name):  # weights are in `dtype` by now, but stay marked as quantised, which Trainer and `to` refuse
+            model.is_quantized, model.hf_quantizer = False, None
+            vars(model.config).pop("quantization_config", None)
+        return model.to(device).train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(**options).train()

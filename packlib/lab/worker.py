@@ -40,6 +40,7 @@ def execute(spec: RunSpec, folder: Path, progress: Callable[[str], None]) -> Non
     """Run `spec` and write its record, also when it fails or does not fit. Rank 0 writes."""
     warnings.filterwarnings("ignore", module="trl|transformers|torch|accelerate")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     rank = int(os.environ.get("RANK", 0))
     try:
         record = {"run_id": spec.run_id, "status": "ok", "error": None, "spec": asdict(spec)} | measure(spec, progress if rank == 0 else _silent)
