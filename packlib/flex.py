@@ -1,7 +1,8 @@
 """FlexAttention with a document mask: one compiled kernel that takes windows, softcap and any head dimension.
 
 Two costs to keep away: every new T compiles anew, so T is padded up to a power of two; and building the block mask can cost more than the
-attention, so it is built once per batch and kept on `cu_seqlens`. On the CPU PyTorch has no backward for it, and it runs uncompiled.
+attention, so it is built once per batch and kept on `cu_seqlens`. A trap: after eight compilations PyTorch silently runs FlexAttention uncompiled,
+dense, T × T; here that limit is far away, and passing it is an error. On the CPU PyTorch has no backward for it, and it runs uncompiled.
 """
 
 import warnings
@@ -24,9 +25,21 @@ def bucket(tokens: int) -> int:
     return max(128, 1 << (tokens - 1).bit_length())
 
 
+_RECOMPILE_LIMIT = 256  # kinds of call (bucket, heads, head dimension, dtype, mask) that one process may compile
+
+
 @cache
-def _compiled(function: Callable[..., Any], device_type: str) -> Callable[..., Any]:
-    return function if device_type == "cpu" else torch.compile(function, dynamic=False)
+def _compiled(function: Callable[..., Any], device_type: str, backend: str = "inductor") -> Callable[..., Any]:
+    """`function` itself on a CPU, else compiled; RuntimeError, never an uncompiled run, beyond `_RECOMPILE_LIMIT` kinds of call."""
+    if device_type == "cpu":
+        return function
+    compiled = torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT, accumulated_recompile_limit=_RECOMPILE_LIMIT):
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def document_mask(cu_seqlens: Tensor, length: int, visible: Callable[[Tensor, Tensor], Tensor], key: Any) -> BlockMask:

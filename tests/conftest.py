@@ -2,4 +2,15 @@
 
 import os
 
+import pytest
+
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def theme():
+    """Figures look as in the notebooks, whichever test ran before."""
+    from packlib.lab import figures
+
+    figures.theme()
+

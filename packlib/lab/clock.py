@@ -29,18 +29,22 @@ class Counter:
     def __call__(self, features: list) -> Mapping[str, Any]:
         batch = self.collator(features)
         ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
-        sequences = len(ids) if mask is not None else int((positions == 0).sum())
+        known = [len(np.atleast_1d(f["seq_lengths"])) for f in features if f.get("seq_lengths") is not None]
+        sequences = len(ids) if mask is not None else sum(known) if len(known) == len(features) else int((positions == 0).sum())
         real = ids.numel() if mask is None else int(mask.sum())
         self.batches.append((ids.numel(), real, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()), sequences))
         return batch
 
-    def per_step(self, accumulation: int, ends: list[float]) -> np.ndarray:
-        """int64 [steps, len(COUNTS)]: the micro-batches of each optimiser step, in the order they were collated, over all ranks."""
-        counts = np.array(self.batches, dtype=np.int64)
-        starts = np.arange(0, len(counts), accumulation)[: len(ends)]
-        steps = np.add.reduceat(counts, starts, axis=0)
-        if len(counts) > len(starts) * accumulation:  # collated ahead but never trained on
-            steps[-1] = counts[starts[-1] : starts[-1] + accumulation].sum(axis=0)
+    def per_step(self, accumulation: int, ends: list[float], per_epoch: int) -> np.ndarray:
+        """int64 [steps, len(COUNTS)]: the micro-batches of each optimiser step, in the order they were collated, over all ranks.
+
+        per_epoch: micro-batches of an epoch on one rank; the last step of an epoch takes those that remain.
+        """
+        counts, index = np.array(self.batches, dtype=np.int64), np.arange(len(self.batches))
+        starts = np.flatnonzero(index % per_epoch % accumulation == 0)
+        stops = np.append(starts[1:], len(counts))[: len(ends)]
+        stops[-1] = min(stops[-1], starts[len(stops) - 1] + accumulation)  # what was collated ahead was never trained on
+        steps = np.diff(np.vstack([np.zeros(len(COUNTS), dtype=np.int64), counts.cumsum(axis=0)[stops - 1]]), axis=0)
         if torch.distributed.is_initialized():
             total = torch.from_numpy(steps).to("cuda" if torch.cuda.is_available() else "cpu")
             torch.distributed.all_reduce(total)

@@ -29,6 +29,10 @@ DTYPES = ("float32", "bfloat16", "bf16_mixed")
 UNTIL = "PACKLIB_UNTIL"  # seconds since the epoch after which no arm is started
 
 
+class OutOfTime(RuntimeError):
+    """The time of this call is used up and arms are left; every finished one has its record, the next call goes on."""
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """Everything a run's result depends on, besides code and machine. `run_id` is its hash.
@@ -121,11 +125,12 @@ def grid(base: RunSpec, **axes: Iterable[Any]) -> list[RunSpec]:
 
 
 def run(specs: Iterable[RunSpec], folder: Path, *, progress: Callable[[str], None] = logger.info) -> list[dict[str, Any]]:
-    """Make sure that every spec has a record in `folder`; return the records, in order, less those that time did not allow.
+    """Make sure that every spec has a record in `folder`; return the records, in order.
 
     progress: called with a line when an arm starts and ends, and every few seconds in between. Runs one after another, in the given order, each
     in its own process (under torchrun where `world_size` > 1). After `$PACKLIB_UNTIL`, or when the longest arm so far would not end before
-    it, no further arm is started: the next call goes on. A `failed` record is kept under `superseded/` and its run tried again.
+    it, no further arm is started and `OutOfTime` is raised: the next call goes on. A `failed` record is kept under `superseded/` and its run
+    tried again.
     """
     specs = list(specs)
     until = float(os.environ.get(UNTIL, "inf"))
@@ -150,6 +155,8 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Callable[[str], Non
             record = records.read_record(folder, spec.run_id)
             progress(f"{title}: {record['status']}{' · ' + record['error'] if record['error'] else ''}")
         done.append(record)
+    if left := len(specs) - len(done):
+        raise OutOfTime(f"{left} of {len(specs)} arms are left for the next call")
     return done
 
 

@@ -124,16 +124,18 @@ def speed_up_bars(table: pd.DataFrame, title: str) -> Figure:
             if np.isfinite(row["speed_up"]):
                 error = [[row["speed_up"] - row["speed_up_low"]], [row["speed_up_high"] - row["speed_up"]]]
                 ax.barh(y, row["speed_up"], color=color, hatch=hatch, edgecolor="white", height=0.66, xerr=error, ecolor="0.25", capsize=3)
-                ax.text(row["speed_up_high"] + 0.03, y, f" {row['speed_up']:.2f}×", va="center", fontsize=10)
             if np.isfinite(row["limit"]):
                 ax.plot([row["limit"]] * 2, [y - 0.42, y + 0.42], **LIMIT)
+            if np.isfinite(row["speed_up"]):  # on white where the limit is drawn below it
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
+                ax.text(row["speed_up_high"] * 1.02 + 0.02, y, f"{row['speed_up']:.2f}×", va="center", fontsize=10, bbox=box, zorder=4)
         ax.axvline(1, color="0.4", linewidth=1)
         ax.set(title=str(group), xlabel="real tokens/s, relative to padding", yticks=range(len(names)), yticklabels=[label(n) for n in names])
         ax.set_xlim(0, max(np.nanmax(rows[["speed_up_high", "limit"]].to_numpy()) * 1.18, 1.2))
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
-    axes[-1].plot([], [], **LIMIT, label="limit: slots per real token of padding\nover that of the strategy")
-    axes[-1].legend(loc="lower right")
+    (line,) = axes[-1].plot([], [], **LIMIT, label="limit of dropping the pads: padding's slots per real token over the strategy's own")
+    figure.legend(handles=[line], loc="outside lower center")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
 
@@ -155,31 +157,6 @@ def memory_bars(table: pd.DataFrame, title: str) -> Figure:
         ax.set_xlim(0, rows.max() * 1.15)
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    return figure
-
-
-def loss_curves(traces: pd.DataFrame, title: str, smooth: int = 8) -> Figure:
-    """The same runs told three ways: training loss (running mean of `smooth` steps) against steps, real tokens and seconds.
-
-    traces: `records.load_traces` of one corpus; several seeds of a strategy are one line with their range.
-    """
-    figure, axes = new(15, 4.2, title, 3, sharey=True)
-    for strategy, runs in traces.groupby("strategy", sort=False):
-        color, _, marker = style(strategy)
-        for ax, x in zip(axes, ("step", "tokens", "seconds")):
-            curves = [(r[x].to_numpy(float), r["loss"].rolling(smooth, min_periods=1).mean().to_numpy(float)) for _, r in runs.groupby("run_id")]
-            end = min(c[0][-1] for c in curves)
-            grid = np.linspace(0, end, 80)[1:]
-            lines = np.array([np.interp(grid, *c) for c in curves])
-            ax.plot(grid, lines.mean(0), color=color, marker=marker, markevery=16, markersize=6, label=label(strategy))
-            if len(lines) > 1:
-                ax.fill_between(grid, lines.min(0), lines.max(0), color=color, alpha=0.18, linewidth=0)
-    for ax, unit in zip(axes, ("optimiser steps", "real tokens", "seconds of training")):
-        ax.set(xlabel=unit)
-        ax.ticklabel_format(axis="x", style="sci", scilimits=(0, 5))
-    axes[0].set_ylabel("training loss (nats per token)")
-    axes[2].legend()
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     return figure
 

@@ -131,7 +131,6 @@ def _draw(frame: pd.DataFrame, path: Path, text: str) -> None:
     first = table.drop_duplicates("strategy").set_index("strategy")["speed_up"]
     said = f"{first['minibatch_packing']:.2f} × as fast flattened, {first['multipack_posid']:.2f} × in full rows"
     picture = figures.speed_up_bars(table, f"{NAME} on {_devices(_speed(frame))}, {table['data'].iloc[0]}: {said}")
-    picture.axes[-1].get_legend().set_loc("upper right")  # the long bars of full rows are at the bottom
     path.parent.mkdir(exist_ok=True)
     picture.savefig(path, dpi=figures.DPI, metadata={"Description": text})
     plt.close(picture)

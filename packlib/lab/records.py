@@ -97,16 +97,6 @@ def load_records(folder: Path | Iterable[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def load_traces(folder: Path) -> pd.DataFrame:
-    """One row per optimiser step: `run_id`, the spec's fields, `step`, `tokens` (cumulative real tokens), `seconds` (cumulative), `loss`, …"""
-    frames = [
-        pd.DataFrame(record["trace"]).assign(run_id=record["run_id"], **record["spec"])
-        for record in read_records(folder)
-        if record.get("trace") and record["trace"].get("step")
-    ]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-
-
 def environment(data_sha256: str | None = None) -> dict[str, Any]:
     """What a number depends on besides its spec. The host's name is left out on purpose."""
     import torch

@@ -63,7 +63,10 @@ def declared_parameters(notebook: Path) -> list[str]:
 
 
 def execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
-    """Run one notebook into `folder` through papermill. Raises `NotebookFailed` when a cell failed or the last one did not run."""
+    """Run one notebook into `folder` through papermill.
+
+    Raises `NotebookFailed` when a cell failed or the last one did not run, `OutOfTime` when arms are left for the next call.
+    """
     output = folder / notebook.name
     summary = folder / "summaries" / f"{notebook.stem}.json"
     before = summary.stat().st_mtime_ns if summary.exists() else None
@@ -73,6 +76,9 @@ def execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
             notebook, unfinished, parameters | {"run": str(folder)}, kernel_name="python3", cwd=notebook.parent, progress_bar=False, log_output=True,
         )  # fmt: skip
     except papermill.PapermillExecutionError as error:
+        if error.ename == experiment.OutOfTime.__name__:
+            unfinished.unlink()
+            raise experiment.OutOfTime(f"{notebook.name}: {error.evalue}") from None
         raise NotebookFailed(f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {unfinished}") from None
     except DeadKernelError as error:
         raise NotebookFailed(f"{notebook.name}: {error}, killed or out of memory; see {unfinished}") from None
@@ -121,6 +127,8 @@ def reproduce(preset: str, *, output: str | None = None, only: list[str] | None 
             begun = time.monotonic()
             execute(sources[name], folder, parameters or {})
             logger.info("notebook %d/%d: %s done in %.0f s", i + 1, len(chosen), name, time.monotonic() - begun)
+    except experiment.OutOfTime as left:
+        logger.info("%s; call again to go on", left)
     finally:
         if minutes is not None:
             del os.environ[experiment.UNTIL]  # the next call has all the time it wants

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ _VALUES = ("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "slots_per_s
 
 def short(name: str) -> str:
     """A corpus's or model's name as it is shown: no folders, no `.jsonl.gz`, no `_{split}`."""
-    return name.rsplit("/")[-1].split(".")[0].replace("_{split}", "").replace("-{split}", "")
+    return re.sub(r"[-_]\{split\}|\.(gguf|npz|jsonl|gz)\b", "", name.rsplit("/")[-1])
 
 
 def arm_label(strategy: str, kernel: str) -> str:

@@ -54,8 +54,9 @@ def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
             pad, packed = arms["padding"], arms["minibatch_packing"]
             speed_up = packed["metrics.tokens_per_s.mean"] / pad["metrics.tokens_per_s.mean"]
             limit = pad["metrics.measured_waste"]
+            reached = (speed_up - 1) / (limit - 1) if limit > 1 else math.nan
             rows.append({
-                "batch_size": size, "strategy": "minibatch_packing", "speed_up": speed_up, "limit": limit, "reached": (speed_up - 1) / (limit - 1) if limit > 1 else math.nan,
+                "batch_size": size, "strategy": "minibatch_packing", "speed_up": speed_up, "limit": limit, "reached": reached,
                 "padding_memory_bytes": pad["metrics.peak_memory_bytes"], "packed_memory_bytes": packed["metrics.peak_memory_bytes"],
             })  # fmt: skip
     return pd.DataFrame(rows)
@@ -64,11 +65,11 @@ def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
 def fixed_cost(frame: pd.DataFrame) -> dict[str, float]:
     """Seconds a step costs before any slot, and seconds per slot: a line through step time against slots per step, over the given arms.
 
-    Returns `fixed_seconds`, `seconds_per_slot`, `r2`. Raises `ValueError` for fewer than three arms.
+    Returns `fixed_seconds`, `seconds_per_slot`, `r2` (NaN for fewer than three arms that ended well).
     """
     ok = frame[frame["status"] == "ok"]
     if len(ok) < 3:
-        raise ValueError(f"{len(ok)} arms; expected at least 3 to fit a line")
+        return dict.fromkeys(("fixed_seconds", "seconds_per_slot", "r2"), math.nan)
     slots, seconds = ok["metrics.slots_per_step"].to_numpy(float), ok["metrics.step_seconds.mean"].to_numpy(float)
     slope, fixed = np.polyfit(slots, seconds, 1)
     residual = seconds - (fixed + slope * slots)
@@ -100,7 +101,8 @@ def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: dict[str, float],
     if len(by_size) and by_size["reached"].notna().any():
         best = by_size.loc[by_size["reached"].idxmax()]
         said.append(f"At {best['batch_size']:.0f} examples a batch, {best['reached']:.0%} of the waste has become speed, the most in the curve.")
-    said.append(f"A step costs {cost['fixed_seconds'] * 1e3:.0f} ms before its first slot and {cost['seconds_per_slot'] * 1e6:.2f} µs per slot.")
+    if math.isfinite(cost["fixed_seconds"]):
+        said.append(f"A step costs {cost['fixed_seconds'] * 1e3:.0f} ms before its first slot and {cost['seconds_per_slot'] * 1e6:.2f} µs per slot.")
     repeated = frame[(frame["status"] == "ok") & (frame["kernel"] == "auto")].groupby(["model", "corpus", "strategy"])["metrics.step_seconds.p50"]
     spreads = (repeated.max() / repeated.min() - 1)[repeated.count() > 1]
     if len(spreads):

@@ -7,6 +7,7 @@ time runs from the end of the step before it to its own end (CUDA events on a GP
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -47,7 +48,7 @@ def execute(spec: RunSpec, folder: Path, progress: Callable[[str], None]) -> Non
     except Exception as error:
         full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
         record = experiment.unfinished(spec, "oom" if full else "failed", f"{type(error).__name__}: {str(error)[:500]}")
-        if not full:
+        if not full and rank == 0:
             progress(_trace(error))
     if rank == 0:
         records.write_record(folder, record)
@@ -81,7 +82,9 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
         trainer.data_collator = counter = Counter(trainer.data_collator)
         trainer.train()
         history, steps = trainer.state.log_history, trainer.state.global_step
-        counts = counter.per_step(spec.gradient_accumulation, clock.ends)
+        if lost := [e["step"] for e in history if not math.isfinite(e.get("loss", 0.0))]:
+            raise FloatingPointError(f"the loss is not finite at step {lost[0]} of {steps}; lower learning_rate = {spec.learning_rate:g}")
+        counts = counter.per_step(spec.gradient_accumulation, clock.ends, len(trainer.get_train_dataloader()))
         metrics = clock.metrics(counts, spec) | {"optimizer_steps": steps, "matmul_flops_ceiling": ceiling, "kernel": kernel}
         flops = models.flops_per_token(model.config)
         metrics["flops_per_token"] = flops

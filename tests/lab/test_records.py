@@ -141,15 +141,6 @@ def test_records_load_as_rows(folder, tmp_path_factory):
     assert records.load_records([folder, other])["run_id"].tolist() == ["aa", "bb", "cc"]
 
 
-def test_traces_load_as_steps(folder):
-    assert records.load_traces(folder).empty
-    records.write_record(folder, record("aa"))
-    records.write_record(folder, record("bb", trace=None, status="oom"))
-    traces = records.load_traces(folder)
-    assert traces[["run_id", "strategy", "step", "tokens"]].values.tolist() == [["aa", "padding", 1, 5], ["aa", "padding", 2, 9]]
-    assert traces["loss"].tolist()[0] == 2.0 and math.isnan(traces["loss"][1])
-
-
 def test_finish_is_the_proof_that_a_notebook_ended(folder, capsys):
     records.finish(folder, "06_x", "Title?", ["2.0 times"], {"figure": "alt"}, more=3)
     records.finish(folder, "06_x", "Title?", ["2.1 times"])
