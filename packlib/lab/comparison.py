@@ -171,7 +171,7 @@ def settings(arms: pd.DataFrame) -> pd.DataFrame:
 def table_4(found: pd.DataFrame) -> pd.DataFrame:
     """`convergence.table_4` of every run, model and corpus of `convergence_arms`, named in `setting`; the paper's alone where there are none."""
     groups = list(found.groupby(["run", "model", "corpus"], sort=False)) or [(None, found)]
-    return pd.concat([convergence.table_4(group).assign(setting="{}: {} on {}".format(*key) if key else "not measured") for key, group in groups])
+    return pd.concat([convergence.table_4(group).assign(setting="{}: {} on {}".format(*map(tables.short, key)) if key else "not measured") for key, group in groups])
 
 
 def findings(table: pd.DataFrame, four: pd.DataFrame, run: str) -> list[str]:

@@ -7,6 +7,7 @@ One palette and one marker per strategy everywhere (colour-blind safe, plus hatc
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import PIL.Image
 import seaborn as sns
 from IPython.display import Image, display
 from matplotlib.colors import PowerNorm
@@ -53,9 +55,10 @@ def theme() -> None:
 
 def show(figure: Figure, name: str | None = None, folder: Path | None = None) -> None:
     """Display a figure with its alt text; with `name` and `folder`, keep it as `<folder>/figures/<name>.png` too."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    full, buffer = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=DPI)
     plt.close(figure)
+    PIL.Image.open(full).convert("RGB").quantize(256).save(buffer, format="png", optimize=True)  # a third of the size: notebooks stay small
     if name and folder:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         (folder / "figures" / f"{name}.png").write_bytes(buffer.getvalue())
@@ -67,6 +70,12 @@ def new(width: float, height: float, alt: str, columns: int = 1, **kwargs) -> tu
     figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, **kwargs)
     figure.alt = alt
     return figure, axes[0]
+
+
+def head(figure: Figure, title: str) -> Figure:
+    """Put the title over the whole figure, from its left edge, where long ones have room beside long tick labels; returns the figure."""
+    figure.suptitle("\n".join(textwrap.wrap(title, int(figure.get_figwidth() * 9))), x=0.01, ha="left", fontweight="bold", fontsize=13)
+    return figure
 
 
 def attention_pictures(lengths: Sequence[int], weights: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
@@ -136,8 +145,7 @@ def speed_up_bars(table: pd.DataFrame, title: str) -> Figure:
     axes[0].invert_yaxis()
     (line,) = axes[-1].plot([], [], **LIMIT, label="limit of dropping the pads: padding's slots per real token over the strategy's own")
     figure.legend(handles=[line], loc="outside lower center")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    return figure
+    return head(figure, title)
 
 
 def memory_bars(table: pd.DataFrame, title: str) -> Figure:
@@ -157,8 +165,7 @@ def memory_bars(table: pd.DataFrame, title: str) -> Figure:
         ax.set_xlim(0, rows.max() * 1.15)
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    return figure
+    return head(figure, title)
 
 
 def forest(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
@@ -172,10 +179,8 @@ def forest(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
         error = [[row.difference - row.low], [row.high - row.difference]] if np.isfinite(row.low) else None
         ax.errorbar(row.difference, y, xerr=error, color=color, marker=marker, markersize=8, capsize=4, linewidth=1.8)
     ax.axvline(0, color="black", linewidth=1)
-    ax.set(title=title, xlabel=xlabel, yticks=range(len(table)), yticklabels=[f"{r.label} (n={r.n})" for r in table.itertuples()])
-    ax.invert_yaxis()
-    ax.margins(y=0.15)
-    return figure
+    ax.set(xlabel=xlabel, yticks=range(len(table)), yticklabels=[f"{r.label} (n={r.n})" for r in table.itertuples()], ylim=(len(table) - 0.4, -0.6))
+    return head(figure, title)
 
 
 def beside_paper(table: pd.DataFrame, value: str, title: str, xlabel: str) -> Figure:
@@ -192,12 +197,12 @@ def beside_paper(table: pd.DataFrame, value: str, title: str, xlabel: str) -> Fi
                 ax.text(0, y + shift, f" {source}: not known", va="center", fontsize=10, color="0.45")
     ax.barh([0], [0], color="0.72", label="paper")
     ax.barh([0], [0], color=_COLORS[0], hatch="//", edgecolor="white", label="measured here")
-    ax.set(title=title, xlabel=xlabel, yticks=range(len(names)), yticklabels=names)
+    ax.set(xlabel=xlabel, yticks=range(len(names)), yticklabels=names)
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.grid(axis="y", visible=False)
     ax.legend(loc="lower right")
-    return figure
+    return head(figure, title)
 
 
 def curves(table: pd.DataFrame, x: str, y: str, title: str, xlabel: str, ylabel: str, limit: str | None = None, logx: bool = True) -> Figure:
