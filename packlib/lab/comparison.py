@@ -171,7 +171,8 @@ def settings(arms: pd.DataFrame) -> pd.DataFrame:
 def table_4(found: pd.DataFrame) -> pd.DataFrame:
     """`convergence.table_4` of every run, model and corpus of `convergence_arms`, named in `setting`; the paper's alone where there are none."""
     groups = list(found.groupby(["run", "model", "corpus"], sort=False)) or [(None, found)]
-    return pd.concat([convergence.table_4(group).assign(setting="{}: {} on {}".format(*map(tables.short, key)) if key else "not measured") for key, group in groups])
+    names = ["{}: {} on {}".format(*map(tables.short, key)) if key else "not measured" for key, _ in groups]
+    return pd.concat([convergence.table_4(group).assign(setting=name) for name, (_, group) in zip(names, groups)])
 
 
 def findings(table: pd.DataFrame, four: pd.DataFrame, run: str) -> list[str]:

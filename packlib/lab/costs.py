@@ -40,13 +40,20 @@ class Costs:
 
 
 def comparable(runs: Sequence[Mapping[str, Any]], model: str | None = None) -> list[Mapping[str, Any]]:
-    """The largest group of finished runs of our strategies that share model, device, kernel and dtype: of `model`, if there are any of it."""
+    """Finished runs of our strategies that share model, depth, device, kernel and dtype, and had the device to themselves.
+
+    Of several such groups the one of `model`, if there is one, then the one of most strategies, then the largest.
+    """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for r in runs:
-        if r["status"] == "ok" and STRATEGIES[r["spec"]["strategy"]].trl is None:
+        if r["status"] == "ok" and STRATEGIES[r["spec"]["strategy"]].trl is None and r["environment"].get("concurrent_runs", 1) == 1:
             key = r["environment"]["device"], *(r["spec"].get(name) for name in ("model", "kernel", "dtype", "layers", "gradient_checkpointing"))
             groups.setdefault(key, []).append(r)
-    return max(groups.values(), key=lambda group: (group[0]["spec"]["model"] == model, len(group)), default=[])
+
+    def worth(group: list[Mapping[str, Any]]) -> tuple[bool, int, int]:
+        return group[0]["spec"]["model"] == model, len({r["spec"]["strategy"] for r in group}), len(group)
+
+    return max(groups.values(), key=worth, default=[])
 
 
 def calibrate(runs: Sequence[Mapping[str, Any]], model: str) -> tuple[Costs, Costs]:

@@ -63,7 +63,7 @@ def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def fixed_cost(frame: pd.DataFrame) -> dict[str, float]:
-    """Seconds a step costs before any slot, and seconds per slot: a line through step time against slots per step, over the given arms.
+    """Seconds a step costs before any slot, and seconds per slot: a line through step time against slots per step, over arms of one corpus.
 
     Returns `fixed_seconds`, `seconds_per_slot`, `r2` (NaN for fewer than three arms that ended well).
     """
@@ -101,7 +101,7 @@ def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: dict[str, float],
     if len(by_size) and by_size["reached"].notna().any():
         best = by_size.loc[by_size["reached"].idxmax()]
         said.append(f"At {best['batch_size']:.0f} examples a batch, {best['reached']:.0%} of the waste has become speed, the most in the curve.")
-    if math.isfinite(cost["fixed_seconds"]):
+    if cost["fixed_seconds"] > 0:
         said.append(f"A step costs {cost['fixed_seconds'] * 1e3:.0f} ms before its first slot and {cost['seconds_per_slot'] * 1e6:.2f} µs per slot.")
     repeated = frame[(frame["status"] == "ok") & (frame["kernel"] == "auto")].groupby(["model", "corpus", "strategy"])["metrics.step_seconds.p50"]
     spreads = (repeated.max() / repeated.min() - 1)[repeated.count() > 1]

@@ -31,7 +31,7 @@ from trl import SFTConfig, SFTTrainer
 
 from packlib import attention, losses, plans
 from packlib.lab import corpora, evaluation, experiment, models, records, strategies
-from packlib.lab.clock import Counter, StepClock
+from packlib.lab.clock import Counter, StepClock, keep_freed_memory
 from packlib.lab.experiment import RunSpec
 
 DATA = "PACKLIB_DATA"  # folder of corpora, tokenizers and models that specs name without their path
@@ -57,6 +57,8 @@ def execute(spec: RunSpec, folder: Path, progress: Callable[[str], None]) -> Non
 def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
     """Build, train, evaluate: the `environment`, `plan`, `metrics` and `trace` of a record."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     strategy = strategies.get_strategy(spec.strategy)
     corpus, lost = _corpus(spec, "train")
     held_out = _corpus(replace(spec, limit=spec.eval_examples), "eval")[0] if spec.eval_examples else None
