@@ -181,7 +181,7 @@ def heat_map(record: Mapping[str, Any], dtype: str = "float32") -> Figure:
     for c in cells:
         column = attentions.index(c["attention"]) * len(situations) + situations.index(c["situation"])
         grid[models.index(c["model"]), column] = list(VERDICTS).index(c["verdict"])
-    figure, (axes,) = figures.new(1.8 + 0.36 * grid.shape[1], 2.6 + 0.24 * len(models), "", layout="constrained")
+    figure, (axes,) = figures.new(1.8 + 0.36 * grid.shape[1], 3.6 + 0.24 * len(models), "", layout="constrained")
     axes.imshow(grid, cmap=ListedColormap(list(VERDICTS.values())), vmin=-0.5, vmax=len(VERDICTS) - 0.5, aspect="auto")
     leaks = list(VERDICTS).index("leak")
     axes.scatter(*np.argwhere(grid == leaks).T[::-1], marker="x", s=22, color="black", linewidths=1.1)

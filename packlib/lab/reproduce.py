@@ -90,7 +90,8 @@ def execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
 
 
 def _publishable(path: Path, folder: Path) -> None:
-    """Take machine paths, papermill's bookkeeping and widget state out of an executed notebook, so that it renders on GitHub."""
+    """Take machine paths, papermill's bookkeeping and widget state out of an executed notebook, so that it renders on GitHub, and let its
+    links lead back to `notebooks/`."""
     text = path.read_text()
     for here, name in ((folder, folder.name), (records.project_root(), "."), (Path.home(), "~")):
         for prefix in {str(here.resolve()), str(here.absolute())} - {"/"}:  # the home of a container's nameless user is /
@@ -98,7 +99,11 @@ def _publishable(path: Path, folder: Path) -> None:
     notebook = nbformat.reads(text, 4)
     notebook.metadata.pop("widgets", None)
     notebook.metadata.pop("papermill", None)
+    root = records.project_root().resolve()
+    up = Path(os.path.relpath(root / "notebooks", folder.resolve())).as_posix() if folder.resolve().is_relative_to(root) else None
     for cell in notebook.cells:
+        if up and cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\((?!\w+:|#|\.\./)", f"]({up}/", cell.source)
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
     nbformat.write(notebook, path)

@@ -129,7 +129,8 @@ def test_unknown_preset_is_an_error():
 def test_presets_name_known_notebooks_and_parameters(name):
     preset = reproduce.load_preset(name)
     assert preset["description"]
-    assert list(preset["notebooks"]) == sorted(preset["notebooks"]), "notebooks run in the order in which they are read"
+    order = list(preset["notebooks"])
+    assert {"06", "07"} <= {name[:2] for name in order[:-1]} and order[-1].startswith("09"), "09 compares what 06 and 07 measured"
 
 
 def test_smoke_preset_covers_every_notebook():
