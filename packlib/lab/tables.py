@@ -49,10 +49,13 @@ def against(frame: pd.DataFrame, base: str = "padding", by: tuple[str, ...] = ("
     """Speed and memory of every arm relative to `base` on the same model and corpus.
 
     frame: `records.load_records`. Repeats and seeds of an arm are pooled: its rate is the median of theirs, low and high their range. limit:
-    padding's slots per real token over the arm's own, what its speed-up could be at most. Columns that no arm has a value for are NaN.
+    padding's slots per real token over the arm's own, what dropping the pads alone can give. Columns that no arm has a value for are NaN. Rows come
+    model by model and corpus by corpus as in the frame, strategies in the order of their table.
     """
-    rows = []
-    for _, group in frame.groupby(list(by), sort=False):
+    rows, order = [], list(STRATEGIES)
+    frame = frame.sort_values("strategy", key=lambda s: s.map(order.index), kind="stable") if len(frame) else frame
+    groups = frame.groupby(list(by), sort=False)
+    for _, group in sorted(groups, key=lambda item: item[1].index.min()):
         reference = group[(group["strategy"] == base) & (group["status"] == "ok")]
         reference = reference[reference["kernel"] == reference["kernel"].iloc[0]] if len(reference) else reference
         for (strategy, kernel), arm in group.groupby(["strategy", "kernel"], sort=False):
@@ -77,9 +80,7 @@ def against(frame: pd.DataFrame, base: str = "padding", by: tuple[str, ...] = ("
                         "memory_ratio": row["peak_memory_bytes"] / reference["metrics.peak_memory_bytes"].max(),
                     }  # fmt: skip
             rows.append(row)
-    table = pd.DataFrame(rows)
-    order = list(STRATEGIES)
-    return table.sort_values("strategy", key=lambda s: s.map(order.index), kind="stable") if len(table) else table
+    return pd.DataFrame(rows)
 
 
 def table_2_rows(record: pd.Series) -> int:
