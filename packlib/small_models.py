@@ -90,7 +90,10 @@ def _encoder(config: PretrainedConfig) -> bool:
 
 
 def load_model(name: str, attn_implementation: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model by local path, `model_type` (built small) or Hub name, in eval mode."""
+    """A causal language model by local path, `model_type` (built small) or Hub name, in eval mode. OSError where it is none of these."""
     if not Path(name).exists() and name in CONFIG_MAPPING_NAMES:
         return small_model(name, attn_implementation, dtype)
-    return AutoModelForCausalLM.from_pretrained(name, attn_implementation=attn_implementation, dtype=dtype).eval()
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, attn_implementation=attn_implementation, dtype=dtype).eval()
+    except OSError as error:
+        raise OSError(f"{name!r} is no folder here, no model_type of transformers, and the Hub did not give it: {error}") from None

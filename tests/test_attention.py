@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import packlib.attention as attention
-from packlib import kernels
+from packlib import flex, kernels
 from packlib.attention import KERNELS, flash_stand_in, kernel_table, register_attention, resolve_kernel, varlen_attention
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.small_models import small_config, small_model
@@ -392,3 +392,24 @@ def test_fuzzed_bad_input_names_the_example(lengths, data):
     spoil(examples[index])
     with pytest.raises(ValueError, match=rf"features\[{index}\].*{match}"):
         FlatteningCollator()(examples)
+
+
+def test_flex_is_never_run_uncompiled(monkeypatch):
+    """PyTorch gives up compiling a function after a few kinds of call and runs FlexAttention dense; here that is an error, far away."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = flex._compiled(flex_attention, "cuda", "eager")  # as on a GPU, without generating code
+
+    def kinds(first, last):
+        for dim in range(first, last):
+            q = torch.randn(1, 1, 128, 8 * dim)
+            compiled(q, q, q)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        kinds(1, 12)  # PyTorch's own limit is 8
+        monkeypatch.setattr(flex, "_RECOMPILE_LIMIT", 12)
+        with pytest.raises(FailOnRecompileLimitHit):
+            kinds(12, 16)
+    torch._dynamo.reset()

@@ -2,7 +2,8 @@
 
     seconds = slot · work + pair · Σ n² + batch        peak bytes = slot · slots of the largest micro-batch + batch (what is always there)
 
-work: slots; on a GPU less the output head's share for slots without a label, which TRL's fused loss skips there. The costs are
+work: slots; on a GPU less the output head's share for slots without a label, which TRL's fused loss skips there. A pair costs what its FLOPs do at
+half the rate of a slot's (notebook 05: attention is slower than a matrix product), for strategies differ too little in Σ n² to fit it. The others are
 fitted to records of measured runs by non-negative least squares on relative errors. Their error is the largest that appears when each strategy in
 turn is left out and predicted from the others. Without records, FLOPs alone decide, and no error can be given.
 """
@@ -19,6 +20,8 @@ import pandas as pd
 
 from packlib.lab import models
 from packlib.lab.strategies import STRATEGIES
+
+PAIR_SLOWDOWN = 2.0  # FLOP/s of a slot's matrix products over those of attention
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,20 @@ def calibrate(runs: Sequence[Mapping[str, Any]], model: str) -> tuple[Costs, Cos
 
 
 def _fit_time(runs: Sequence[Mapping[str, Any]]) -> Costs:
-    """Seconds; `slot` is the cost of a slot with a label."""
-    costs = Costs(1.0, 0.0, 0.0, None, head=_head_share(runs[0]["spec"]["model"], runs))
-    features = [(costs(slots, labelled, 0.0), pairs, batches) for slots, labelled, pairs, batches in map(time_features, runs)]
-    seconds, names = np.array([r["metrics"]["step_seconds"]["mean"] for r in runs]), [r["spec"]["strategy"] for r in runs]
+    """Seconds; `slot` is the cost of a slot with a label, `pair` a fixed part of it."""
+    spec = runs[0]["spec"]
+    config = models.model_config(spec["model"], layers=spec.get("layers"))
+    pair = PAIR_SLOWDOWN * models.attention_flops_per_token(config, 1.0) / 2 / models.flops_per_token(config)
+    costs = Costs(1.0, pair, 0.0, None, head=_head_share(spec["model"], runs))
+    features = [(costs(slots, labelled, pairs), 0.0, batches) for slots, labelled, pairs, batches in map(time_features, runs)]
+    seconds, names = np.array([typical_step(r) for r in runs]), [r["spec"]["strategy"] for r in runs]
     _, corpus = np.unique([r["spec"].get("corpus", "") for r in runs], return_inverse=True)
     pace = np.ones(len(runs))  # corpora are measured one after the other: a factor each, so that drift of the machine is not taken for a cost
     for _ in range(20):
         fitted = _fit(features, seconds / pace, names)
-        log_ratio = np.log(seconds / [fitted.slot * work + fitted.pair * pairs + fitted.batch * batches for work, pairs, batches in features])
+        log_ratio = np.log(seconds / [fitted.slot * work + fitted.batch * batches for work, _, batches in features])
         pace = np.exp((np.bincount(corpus, log_ratio) / np.bincount(corpus))[corpus] - log_ratio.mean())
-    return replace(fitted, head=costs.head)
+    return replace(fitted, pair=fitted.slot * pair, head=costs.head)
 
 
 def _head_share(model: str, runs: Sequence[Mapping[str, Any]]) -> float:
@@ -109,6 +115,12 @@ def time_features(run: Mapping[str, Any]) -> tuple[float, float, float, float]:
         pairs = spec["max_tokens"]
     ranks, labelled = spec["world_size"], metrics["loss_tokens_per_s"]["mean"] * metrics["step_seconds"]["mean"]
     return metrics["slots_per_step"] / ranks, labelled / ranks, pairs * metrics["tokens_per_step"] / ranks, spec["gradient_accumulation"]
+
+
+def typical_step(run: Mapping[str, Any]) -> float:
+    """Seconds of the mean measured step at the run's median rate of slots, so that a step which something else disturbed does not count."""
+    seconds, slots = (np.diff(run["trace"][name], prepend=0)[-run["metrics"]["measured_steps"] :] for name in ("seconds", "slots"))
+    return float(np.median(seconds / slots) * slots.mean())
 
 
 def largest_batch(run: Mapping[str, Any]) -> float:
@@ -145,7 +157,9 @@ def _memory_by_formula(config: Any, itemsize: int) -> Costs:
 
 
 def held_out(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Speed-ups over padding, measured and predicted from the other strategies' runs: `corpus, strategy, measured, predicted, error`.
+    """Speed-ups over padding, measured (at `typical_step`) and predicted from the other strategies' runs.
+
+    Columns `corpus, strategy, measured, predicted, error`.
 
     Compares runs of one corpus, batch size, capacity and accumulation among `comparable` ones, repeats averaged; empty without padding or with
     fewer than three other strategies.
@@ -157,9 +171,8 @@ def held_out(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         costs = _fit_time([r for r in runs if r["spec"]["strategy"] != name])
         groups: dict[tuple, dict[str, list[tuple[float, float]]]] = {}
         for r in runs:
-            rate, tokens = r["metrics"]["tokens_per_s"]["mean"], r["metrics"]["tokens_per_step"]
-            group = groups.setdefault(tuple(r["spec"][key] for key in settings), {})
-            group.setdefault(r["spec"]["strategy"], []).append((rate, tokens / costs(*time_features(r))))
+            tokens, group = r["metrics"]["tokens_per_step"], groups.setdefault(tuple(r["spec"][key] for key in settings), {})
+            group.setdefault(r["spec"]["strategy"], []).append((tokens / typical_step(r), tokens / costs(*time_features(r))))
         for key, group in groups.items():
             if name != "padding" and "padding" in group and name in group:
                 measured, predicted = np.mean(group[name], axis=0) / np.mean(group["padding"], axis=0)

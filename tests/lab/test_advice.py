@@ -11,7 +11,9 @@ from packlib.lab.strategies import STRATEGIES, plan_for
 
 TAIL = np.random.default_rng(0).lognormal(np.log(200) - 0.5, 1.0, 2000).clip(2, 1024).astype(int)
 NARROW = np.random.default_rng(0).normal(120, 20, 2000).clip(2, 1024).astype(int)
-TRUE = {"slot": 1e-4, "pair": 2e-8, "batch": 0.02, "resident": 5e8, "per_slot": 1e5}
+CONFIG = models.model_config("tiny-llama")
+PAIR = costs.PAIR_SLOWDOWN * models.attention_flops_per_token(CONFIG, 1.0) / 2 / models.flops_per_token(CONFIG)
+TRUE = {"slot": 1e-4, "pair": 1e-4 * PAIR, "batch": 0.02, "resident": 5e8, "per_slot": 1e5}
 
 
 def record(strategy, lengths, *, noise=0.0, model="tiny-llama", batch_size=4, max_tokens=1024, cost=TRUE):
@@ -37,9 +39,9 @@ def record(strategy, lengths, *, noise=0.0, model="tiny-llama", batch_size=4, ma
             "step_seconds": {"mean": seconds.mean() * (1 + noise)}, "slots_per_step": slots.mean(), "tokens_per_step": real.mean(),
             "loss_tokens_per_s": {"mean": labelled.sum() / seconds.sum() / (1 + noise)},
             "tokens_per_s": {"mean": real.sum() / seconds.sum() / (1 + noise)}, "flops_per_token": 12e6 + 6 * 192 * 4096,
-            "peak_memory_bytes": int(cost["resident"] + cost["per_slot"] * slots.max()),
+            "peak_memory_bytes": int(cost["resident"] + cost["per_slot"] * slots.max()), "measured_steps": len(slots),
         },
-        "trace": {"slots": np.cumsum(slots).tolist()},
+        "trace": {"slots": np.cumsum(slots).tolist(), "seconds": np.cumsum(seconds * (1 + noise)).tolist()},
     }  # fmt: skip
 
 
@@ -51,8 +53,8 @@ def test_predictions_recover_a_machine_that_obeys_the_model():
     found = {p.strategy: p for p in advise(TAIL, max_tokens=1024, runs=RUNS).strategies}
     rates = {r["spec"]["strategy"]: r["metrics"]["tokens_per_s"]["mean"] for r in RUNS[: len(OURS)]}
     for name in OURS:
-        assert found[name].speed_up == pytest.approx(rates[name] / rates["padding"], rel=0.03), name
-        assert found[name].speed_up_error < 0.05
+        assert found[name].speed_up == pytest.approx(rates[name] / rates["padding"], rel=0.05), name  # a step is timed at its median rate
+        assert found[name].speed_up_error < 0.08
     assert found["multipack_posid"].speed_up > 1.5 * found["padding"].speed_up
     peak = TRUE["resident"] + TRUE["per_slot"] * 4096
     assert found["fixed_length_packing_posid"].peak_memory_bytes == pytest.approx(peak, rel=0.01)
@@ -73,11 +75,12 @@ def test_held_out_strategies_are_predicted_from_the_others():
     runs = [r | {"spec": r["spec"] | {"corpus": corpus}} for r, corpus in zip(RUNS, ["tail"] * len(OURS) + ["narrow"] * len(OURS))]
     table = costs.held_out(runs)
     assert sorted(table["strategy"]) == sorted([name for name in OURS if name != "padding"] * 2)
-    assert table["error"].abs().max() < 1e-3
-    broken = [r | {"metrics": r["metrics"] | {"tokens_per_s": {"mean": 1.0}}} if r["spec"]["strategy"] == "multipack_posid" else r for r in runs]
+    assert table["error"].abs().max() < 0.08  # the median rate is not quite the mean one
+    slow = [r | {"trace": r["trace"] | {"seconds": [100 * s for s in r["trace"]["seconds"]]}} for r in runs]
+    broken = [s if r["spec"]["strategy"] == "multipack_posid" else r for r, s in zip(runs, slow)]
     errors = costs.held_out(broken).groupby("strategy")["error"].max()
     assert errors["multipack_posid"] > 1
-    assert errors.drop("multipack_posid").abs().max() < 1e-3
+    assert errors.drop("multipack_posid").abs().max() < 0.08
     assert costs.held_out(runs[:3]).empty
 
 
