@@ -127,6 +127,8 @@ def grid(base: RunSpec, **axes: Iterable[Any]) -> list[RunSpec]:
 def run(specs: Iterable[RunSpec], folder: Path, *, progress: Callable[[str], None] = logger.info) -> list[dict[str, Any]]:
     """Make sure that every spec has a record in `folder`; return the records, in order.
 
+    In a script, call it under `if __name__ == "__main__":`, as everything that starts processes.
+
     progress: called with a line when an arm starts and ends, and every few seconds in between. Runs one after another, in the given order, each
     in its own process (under torchrun where `world_size` > 1). After `$PACKLIB_UNTIL`, or when the longest arm so far would not end before
     it, no further arm is started and `OutOfTime` is raised: the next call goes on. A `failed` record is kept under `superseded/` and its run

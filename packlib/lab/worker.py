@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, set_seed
@@ -42,6 +42,7 @@ def execute(spec: RunSpec, folder: Path, progress: Callable[[str], None]) -> Non
     warnings.filterwarnings("ignore", module="trl|transformers|torch|accelerate")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    disable_progress_bars()
     rank = int(os.environ.get("RANK", 0))
     try:
         record = {"run_id": spec.run_id, "status": "ok", "error": None, "spec": asdict(spec)} | measure(spec, progress if rank == 0 else _silent)
