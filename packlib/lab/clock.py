@@ -31,8 +31,12 @@ class Counter:
     def __call__(self, features: list) -> Mapping[str, Any]:
         batch = self.collator(features)
         ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
-        known = [len(np.atleast_1d(f["seq_lengths"])) for f in features if f.get("seq_lengths") is not None]
-        sequences = len(ids) if mask is not None else sum(known) if len(known) == len(features) else int((positions == 0).sum())
+        if mask is not None:
+            sequences = len(ids)
+        elif all(f.get("seq_lengths") is not None for f in features):  # a contaminated row has one position 0 for all of its examples
+            sequences = sum(len(np.atleast_1d(f["seq_lengths"])) for f in features)
+        else:
+            sequences = int((positions == 0).sum())
         real = ids.numel() if mask is None else int(mask.sum())
         self.batches.append((ids.numel(), real, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()), sequences))
         return batch

@@ -58,7 +58,7 @@ def _one_setting(frame: pd.DataFrame, free: Iterable[str] = ()) -> pd.DataFrame:
 def speed_arms(frame: pd.DataFrame) -> pd.DataFrame:
     """Records of notebook 06 that Table 2 can be held against: the paper's strategies on packlib's attention, with the device to themselves."""
     chosen = frame["eval_every"].isna() & frame["strategy"].isin(list(BATCHING)) & (frame["kernel"] == "auto") & (frame["status"] == "ok")
-    return _one_setting(frame[chosen & (frame["environment.concurrent_runs"].fillna(1) == 1)])
+    return _one_setting(frame[chosen & (frame["environment.concurrent_runs"] == 1)])
 
 
 def convergence_arms(frame: pd.DataFrame) -> pd.DataFrame:
@@ -133,9 +133,9 @@ def bars(table: pd.DataFrame, value: str, by: Sequence[str], title: str, xlabel:
     named = table.assign(corpus=table["corpus"].fillna(table["data"]), batching=table["strategy"].map(BATCHING)).fillna({"run": "not measured"})
     named["label"] = named[list(by)].agg(", ".join, axis=1)
     theirs = named.assign(source="paper", **{value: named[f"{value}_paper"]})
-    figure = figures.beside_paper(pd.concat([theirs, named.assign(source="ours")]), value, "", xlabel)
     spans = [f"{rows.min():.2f} to {rows.max():.2f}" if rows.notna().any() else "nothing" for rows in (named[value], theirs[value])]
-    figure.suptitle(f"{title}:\n{spans[0]} here, {spans[1]} in the paper", x=0.01, ha="left", fontweight="bold", fontsize=13)
+    both, title = pd.concat([theirs, named.assign(source="ours")]), f"{title}:\n{spans[0]} here, {spans[1]} in the paper"
+    figure = figures.beside_paper(both, value, title, xlabel)
     ax = figure.axes[0]
     for y, (at, end) in enumerate(zip(named[line], named[value])):
         ax.plot([at, at], [y, y + 0.4], **figures.LIMIT)

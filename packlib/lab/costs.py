@@ -2,8 +2,8 @@
 
     seconds = slot · work + pair · Σ n² + batch        peak bytes = slot · slots of the largest micro-batch + batch (what is always there)
 
-work: slots; on a GPU less the output head's share for slots without a label, which TRL's fused loss skips there. A pair costs what its FLOPs do at
-half the rate of a slot's (notebook 05: attention is slower than a matrix product), for strategies differ too little in Σ n² to fit it. The others are
+work: slots; on a GPU less the output head's share for slots without a label, which TRL's fused loss skips there. A pair costs twice
+what its FLOPs would in a slot, for strategies differ too little in Σ n² to fit it (LOG.md: the best of 1, 2 and 4 on one CPU run). The others are
 fitted to records of measured runs by non-negative least squares on relative errors. Their error is the largest that appears when each strategy in
 turn is left out and predicted from the others. Without records, FLOPs alone decide, and no error can be given.
 """
@@ -21,7 +21,7 @@ import pandas as pd
 from packlib.lab import models
 from packlib.lab.strategies import STRATEGIES
 
-PAIR_SLOWDOWN = 2.0  # FLOP/s of a slot's matrix products over those of attention
+PAIR_SLOWDOWN = 2.0  # FLOP/s taken for a slot's matrix products over those taken for attention
 
 
 @dataclass(frozen=True)

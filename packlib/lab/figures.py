@@ -73,8 +73,9 @@ def new(width: float, height: float, alt: str, columns: int = 1, **kwargs) -> tu
 
 
 def head(figure: Figure, title: str) -> Figure:
-    """Put the title over the whole figure, from its left edge, where long ones have room beside long tick labels; returns the figure."""
-    figure.suptitle("\n".join(textwrap.wrap(title, int(figure.get_figwidth() * 9))), x=0.01, ha="left", fontweight="bold", fontsize=13)
+    """Put the title over the whole figure, from its left edge, wrapped to its width: long ones have room there; returns the figure."""
+    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, int(figure.get_figwidth() * 9))]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontweight="bold", fontsize=13)
     return figure
 
 

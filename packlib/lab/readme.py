@@ -28,7 +28,7 @@ SAME_BATCHES = ["padding", "minibatch_packing", "trl_padding", "trl_padding_free
 
 def _speed(frame: pd.DataFrame) -> pd.DataFrame:
     """The timed runs of whole models at the paper's setting that had the device to themselves."""
-    alone = frame.get("environment.concurrent_runs", pd.Series(1, frame.index)).fillna(1) == 1
+    alone = frame["environment.concurrent_runs"] == 1
     return frame[alone & frame["eval_every"].isna() & frame["layers"].isna() & (frame[list(SETTING)] == pd.Series(SETTING)).all(axis=1)]
 
 

@@ -93,6 +93,7 @@ def load_records(folder: Path | Iterable[Path]) -> pd.DataFrame:
     rows = []
     for record in (r for f in folders for r in read_records(f)):
         rest = {key: record.get(key) for key in ("run_id", "status", "error", "environment", "plan", "metrics")}
+        rest["environment"] = {"concurrent_runs": 1} | rest["environment"]  # older records are of runs that had the device to themselves
         rows.append(record["spec"] | pd.json_normalize(rest).iloc[0].to_dict())
     return pd.DataFrame(rows)
 

@@ -165,8 +165,8 @@ def headline(folder: Path) -> str:
     frame = records.load_records(folder)
     if "strategy" not in frame:  # no record, or notebook 05's of attention alone
         return ""
-    alone = frame["environment.concurrent_runs"].fillna(1) == 1 if "environment.concurrent_runs" in frame else True  # the others' times do not count
-    return tables.markdown(tables.display_table(tables.against(tables.one_setting(frame[frame["strategy"].notna() & alone]))))
+    timed = frame[frame["strategy"].notna() & (frame["environment.concurrent_runs"] == 1)]  # the others' times do not count
+    return tables.markdown(tables.display_table(tables.against(tables.one_setting(timed))))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

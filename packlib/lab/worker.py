@@ -7,7 +7,6 @@ time runs from the end of the step before it to its own end (CUDA events on a GP
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import tempfile
@@ -52,7 +51,11 @@ def execute(spec: RunSpec, folder: Path, progress: Callable[[str], None]) -> Non
         if not full and rank == 0:
             progress(_trace(error))
     if rank == 0:
-        records.write_record(folder, record)
+        try:
+            records.write_record(folder, record)
+        except ValueError as error:  # a record holds no NaN
+            reason = f"a loss, gradient or evaluation is not finite at learning_rate = {spec.learning_rate:g} ({error})"
+            records.write_record(folder, experiment.unfinished(spec, "failed", reason))
 
 
 def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -85,8 +88,6 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
         trainer.data_collator = counter = Counter(trainer.data_collator)
         trainer.train()
         history, steps = trainer.state.log_history, trainer.state.global_step
-        if lost := [e["step"] for e in history if not math.isfinite(e.get("loss", 0.0))]:
-            raise FloatingPointError(f"the loss is not finite at step {lost[0]} of {steps}; lower learning_rate = {spec.learning_rate:g}")
         counts = counter.per_step(spec.gradient_accumulation, clock.ends, len(trainer.get_train_dataloader()))
         metrics = clock.metrics(counts, spec) | {"optimizer_steps": steps, "matmul_flops_ceiling": ceiling, "kernel": kernel}
         flops = models.flops_per_token(model.config)
@@ -183,6 +184,7 @@ def trainer_config(spec: RunSpec, strategy: strategies.Strategy, device: torch.d
         remove_unused_columns=packed_by_trl,
         seed=spec.seed,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show the mean of the steps before
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",

@@ -186,3 +186,22 @@ def test_command_prints_text_and_json(corpus, capsys):
 def test_command_reports_an_unknown_corpus(capsys):
     assert __main__.main(["advise", "no-such-corpus"]) == 1
     assert "no-such-corpus" in capsys.readouterr().err
+
+
+def test_a_disturbed_step_does_not_count():
+    run = record("fixed_length_packing_posid", TAIL)
+    steps = np.diff(run["trace"]["seconds"], prepend=0)
+    steps[0] *= 50
+    disturbed = run | {"trace": run["trace"] | {"seconds": np.cumsum(steps).tolist()}}
+    assert costs.typical_step(disturbed) == pytest.approx(costs.typical_step(run), rel=0.05)
+    assert costs.typical_step(run | {"trace": run["trace"] | {"seconds": [2 * s for s in run["trace"]["seconds"]]}}) == 2 * costs.typical_step(run)
+
+
+def test_runs_that_shared_the_device_do_not_calibrate():
+    shared = [r | {"environment": r["environment"] | {"concurrent_runs": 5}} for r in RUNS]
+    assert costs.comparable(shared) == [] and costs.comparable([*shared, RUNS[0]]) == RUNS[:1]
+
+
+def test_more_strategies_calibrate_before_more_runs():
+    deep = [r | {"spec": r["spec"] | {"layers": 1}} for r in RUNS[:2] * 20]
+    assert costs.comparable([*deep, *RUNS]) == RUNS

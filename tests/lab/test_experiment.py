@@ -337,3 +337,8 @@ def test_every_field_is_part_of_the_identity():
 def test_a_whole_number_is_the_same_run_as_its_float():
     """YAML's `epochs: 1` and the default 1.0 must not be measured twice."""
     assert replace(BASE, epochs=1, learning_rate=1).run_id == replace(BASE, epochs=1.0, learning_rate=1.0).run_id
+
+
+def test_a_run_whose_loss_is_not_finite_has_failed(tmp_path):
+    (record,) = experiment.run([replace(BASE, learning_rate=1e30, steps=3, eval_examples=0)], records.run_folder(tmp_path), progress=print)
+    assert record["status"] == "failed" and record["error"].startswith("a loss, gradient or evaluation is not finite")

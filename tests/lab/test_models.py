@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.trainer_utils import validate_quantization_for_training
 
 from packlib.lab import models
 from packlib.lab.models import (
@@ -104,11 +105,14 @@ def test_a_folder_is_loaded_with_its_weights(tmp_path):
 def test_a_gguf_file_is_asked_for_by_folder_and_file(monkeypatch):
     asked = []
     config, model = model_config("tiny-llama"), build_model("tiny-llama", layers=1)
+    model.is_quantized, model.hf_quantizer, model.config.quantization_config = True, object(), {"quant_method": "gguf"}  # as transformers leaves it
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda **options: asked.append(options) or config)
     monkeypatch.setattr(
         models.AutoModelForCausalLM, "from_pretrained", lambda **options: asked.append(options) or model
     )
     assert build_model("/models/small.gguf", dtype=torch.bfloat16) is model
+    validate_quantization_for_training(model)  # what Trainer asks; it refuses a model that is still marked
+    assert not hasattr(model.config, "quantization_config")
     assert all(a["pretrained_model_name_or_path"] == "/models" and a["gguf_file"] == "small.gguf" for a in asked)
     assert asked[0]["use_cache"] is False and asked[1]["dtype"] is torch.bfloat16 and asked[1]["config"] is config
 

@@ -99,6 +99,18 @@ def test_a_notebook_that_did_not_reach_its_end_has_failed(project, tmp_path, cel
     assert "injected-parameters" in (folder / "01_x.running.ipynb").read_text(), "it shows how far it came"
 
 
+def test_a_piece_ends_well_where_arms_are_left(project, caplog):
+    """What has a record is kept, the notebook is not taken for done, and what would follow waits for the next call."""
+    left = "from packlib.lab.experiment import OutOfTime\nraise OutOfTime('2 of 3 arms are left for the next call')"
+    write_notebook(project, "01_first", left, ENDS)
+    write_notebook(project, "02_second", ENDS)
+    write_preset(project, {"01_first": None, "02_second": None})
+    with caplog.at_level("INFO", logger="packlib"):
+        folder = reproduce.reproduce("mini", minutes=1)
+    assert "01_first.ipynb: 2 of 3 arms are left for the next call; call again to go on" in caplog.text
+    assert written(folder) == ["report.md"] and experiment.UNTIL not in os.environ
+
+
 def test_names_are_checked_before_anything_runs(project):
     write_notebook(project, "01_first", ENDS)
     write_notebook(project, "02_second", ENDS)
