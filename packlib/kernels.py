@@ -112,7 +112,7 @@ def _same_head_dim(kernel: _Run) -> _Run:
 
 @cache
 def _varlen_attn() -> tuple[Callable[..., Tensor], frozenset[str]]:
-    """PyTorch's varlen kernel and its options: `is_causal` in 2.10, `window_size` from 2.11, `enable_gqa` from 2.12."""
+    """PyTorch's varlen kernel and its options: `is_causal` in 2.10, `window_size` from 2.11, `enable_gqa` from 2.12 (2.11 needs no word for it)."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
@@ -131,7 +131,7 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in known:
             options["enable_gqa"] = True
-        else:
+        elif "window_size" not in known:  # 2.11 has no option and takes fewer keys than queries as they are
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     if "scale" in known:
         options["scale"] = call.scale

@@ -8,8 +8,9 @@ import torch
 from test_attention import LENGTHS, boundaries, features, packed, random_qkv, run, worst
 
 from packlib.attention import flash_stand_in, kernel_table, register_attention, resolve_kernel, varlen_attention
-from packlib.collators import PaddingCollator
+from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.isolation import check_isolation
+from packlib.lab.models import fuse_layers
 from packlib.losses import token_weights, weighted_loss
 from packlib.small_models import small_config, small_model
 
@@ -152,3 +153,19 @@ def test_large_head_dimension_in_a_model():
 
     model = AutoModelForCausalLM.from_config(config, attn_implementation="packlib_torch_varlen", dtype=torch.bfloat16).to("cuda")
     assert check_isolation(model.eval()).isolated
+
+
+@torch.no_grad()
+def test_fused_layers_compute_the_same_and_keep_examples_apart(monkeypatch):
+    pytest.importorskip("liger_kernel")
+    from transformers.models.llama import modeling_llama
+
+    for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # Liger replaces them for the process
+        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
+    model, batch = small_model("llama", register_attention(), torch.bfloat16).to("cuda"), on_gpu(FlatteningCollator()(features()))
+    plain = model(**batch, use_cache=False).logits
+    fused = fuse_layers(model)(**batch, use_cache=False).logits
+    assert "Liger" in type(model.model.norm).__name__ or "Liger" in str(model.model.norm.forward)
+    assert (fused - plain).abs().max() <= 0.02 * plain.abs().max()
+    with torch.enable_grad():
+        assert check_isolation(model).isolated

@@ -30,7 +30,7 @@ README = (ROOT / "README.md").read_text()
 PROSE = readme.BLOCK.sub("", README)  # what was written by hand
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA_NAMES = {"torch": "pytorch-gpu"}
-PIP_ONLY = {"gguf"}  # comes with `pip install -e .[lab]` in environment.yml
+PIP_ONLY = {"gguf"}  # comes with `pip install -e .[lab,liger]` in environment.yml
 MACHINE_PATH = re.compile(r"(?<![\w.:/~])/(?:work|root|home/\w+|Users/\w+)/")
 REGISTRY = re.compile(r"https?://[^\s/]*(?:pypi|pythonhosted|conda|registry|mirror|artifactory|nexus|proxy)|--(?:extra-)?index-url")
 BINARY = {".png", ".npz", ".gz", ".gguf"}
@@ -66,7 +66,7 @@ def test_environment_has_every_dependency_with_the_same_bound(name):
 
 
 def test_what_conda_does_not_have_comes_with_pip():
-    assert {"pip": ["-e .[lab]"]} in ENVIRONMENT["dependencies"]
+    assert {"pip": ["-e .[lab,liger]"]} in ENVIRONMENT["dependencies"]
     assert LAB.keys() >= PIP_ONLY and not PIP_ONLY & CONDA.keys()
 
 
@@ -76,7 +76,7 @@ def test_environment_has_what_the_project_was_asked_for():
 
 
 def test_constraints_pin_every_dependency_above_its_bound_and_torch_first():
-    wanted = LAB | requirements(PROJECT["optional-dependencies"]["test"])
+    wanted = LAB | requirements(PROJECT["optional-dependencies"]["test"] + PROJECT["optional-dependencies"]["liger"])
     assert next(iter(PINS)) == "torch"
     assert not wanted.keys() - PINS.keys()
     assert not [name for name, bound in wanted.items() if Version(PINS[name]) < Version(bound)]

@@ -110,7 +110,7 @@ def side_by_side(arms: pd.DataFrame, data: Mapping[str, str], stand_ins: Mapping
 
 def _state_bytes(record: pd.Series) -> float:
     """Bytes of weights, gradients and AdamW's moments of a run on a GPU; NaN where they are not known or not alone in the peak."""
-    if not record["environment.device_count"] or record["model"] not in models.MODELS:
+    if not record["environment.device_count"] or not models.architecture(record["model"]):
         return np.nan
     config = models.model_config(record["model"], layers=None if pd.isna(record["layers"]) else int(record["layers"]))
     return STATE_BYTES[record["dtype"]] * models.parameter_count(config).total
@@ -160,7 +160,7 @@ def settings(arms: pd.DataFrame) -> pd.DataFrame:
         one, padded = group.iloc[0], group[group["strategy"] == "padding"].drop_duplicates("corpus")
         counts = [padded["plan.real_tokens"] / padded["plan.examples"], padded["plan.waste"]]
         columns[run] = [
-            f"{one['world_size']:.0f} x {one['environment.device']}, not sharded", "random" if one["model"] in models.MODELS else "pretrained",
+            f"{one['world_size']:.0f} x {one['environment.device']}, not sharded", "random" if models.architecture(one["model"]) else "pretrained",
             one["dtype"], "bfloat16" if one["dtype"] == "bfloat16" else "float32", one["metrics.kernel"],
             "{batch_size:.0f} × {gradient_accumulation:.0f}".format(**one), f"{one['max_tokens']:,.0f}",
             *(", ".join(f"{tables.short(c)}: {v:{form}}" for c, v in zip(padded["corpus"], values)) for values, form in zip(counts, (".0f", ".2f"))),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -15,19 +16,22 @@ from packlib.lab.strategies import STRATEGIES
 
 
 def table_2_specs(
-    base: RunSpec, models: Iterable[str], corpora: Iterable[str], strategies: Iterable[str], other_strategies: Iterable[str], repeats: int
-) -> list[RunSpec]:
-    """Every strategy for the first model, `other_strategies` for the others, corpus by corpus; then padding and minibatch_packing once more
-    per repeat, so that drift would show. The others see the first corpus only. Where attention that pads is the baseline, padding on
-    transformers' SDPA is an arm of its own: the strategy `padding` written `padding:transformers_sdpa`."""
-    models, corpora = list(models), list(corpora)
+    base: RunSpec, models: Iterable[str], corpora: Iterable[str], strategies: Iterable[str], other_strategies: Iterable[str], repeats: int,
+    companions: Mapping[str, Iterable[str]] = MappingProxyType({}),
+) -> list[RunSpec]:  # fmt: skip
+    """Every strategy for the first model, corpus by corpus; then padding and minibatch_packing on the first corpus once more per repeat, so that
+    drift would show; then `companions`, further corpora with the strategies to run on them; then `other_strategies` for the other models on all
+    `corpora`. Where attention that pads is the baseline, padding on transformers' SDPA is an arm of its own: the strategy `padding` written
+    `padding:transformers_sdpa`."""
+    models, corpora, other_strategies = list(models), list(corpora), list(other_strategies)
     specs = [_arm(base, models[0], corpus, arm) for corpus in corpora for arm in strategies]
     specs += [
         replace(_arm(base, models[0], corpora[0], arm), repeat=repeat)
         for repeat in range(1, repeats + 1)
         for arm in ("padding", "minibatch_packing")
     ]
-    return specs + [_arm(base, model, corpora[0], arm) for model in models[1:] for arm in other_strategies]
+    specs += [_arm(base, models[0], corpus, arm) for corpus, arms in companions.items() for arm in arms]
+    return specs + [_arm(base, model, corpus, arm) for model in models[1:] for corpus in corpora for arm in other_strategies]
 
 
 def _arm(base: RunSpec, model: str, corpus: str, arm: str) -> RunSpec:

@@ -120,7 +120,7 @@ def route(spec: RunSpec, strategy: strategies.Strategy, device: torch.device) ->
         if strategy.layout == "flat":
             raise ValueError(f"kernel = {spec.kernel!r} builds a T x T mask or none for {spec.strategy}; expected a varlen kernel")
         return spec.kernel, spec.kernel.removeprefix("transformers_")
-    own_dispatch = getattr(models.MODELS.get(spec.model), "attention_route", None) == "flash"
+    own_dispatch = getattr(models.architecture(spec.model), "attention_route", None) == "flash"
     kernel = attention.resolve_kernel("auto" if spec.kernel == "transformers_flash" else spec.kernel, device, _compute_dtype(spec))
     if spec.kernel == "transformers_flash" or strategy.trl is not None or own_dispatch:
         return kernel, "flash_attention_2"

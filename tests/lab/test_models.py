@@ -1,7 +1,9 @@
 """Models: published sizes, seeds, routes, counts and operations; pretrained folders and .gguf files."""
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -131,3 +133,26 @@ def test_smollm2_from_the_wheel_answers():
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+
+
+def test_fused_layers_leave_the_loss_alone(monkeypatch):
+    """Liger at the boundary: what is asked of it, and what is said where it has nothing."""
+    asked, liger = [], ModuleType("liger_kernel.transformers.monkey_patch")
+    liger.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
+    liger._apply_liger_kernel_to_instance = lambda model, **options: asked.append((model.config.model_type, options))
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, liger.__name__, liger)
+    fused, plain = (models.build_model(name, layers=1, vocab_size=64, seed=3) for name in ("tiny-llama+liger", "tiny-llama"))
+    assert asked == [("llama", {"cross_entropy": False, "fused_linear_cross_entropy": False})]
+    assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), plain.parameters())), "the same weights"
+    assert models.architecture("falcon-7b+liger") is models.MODELS["falcon-7b"] and models.architecture("some/model") is None
+    liger.MODEL_TYPE_TO_APPLY_LIGER_FN = {"mistral": None}
+    with pytest.raises(ValueError, match="no layers for llama; it has mistral"):
+        models.build_model("tiny-llama+liger", layers=1, vocab_size=64)
+
+
+def test_fused_layers_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(ImportError, match="liger_kernel"):
+        models.build_model("tiny-llama+liger", layers=1, vocab_size=64)

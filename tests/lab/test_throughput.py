@@ -15,12 +15,15 @@ BASE = RunSpec(steps=9)
 
 def test_arms_come_in_the_order_in_which_they_are_read():
     strategies, others = ["padding", "padding:transformers_sdpa", "multipack_posid"], ["padding", "minibatch_packing"]
-    specs = throughput.table_2_specs(BASE, ["tiny-llama", "phi-2"], ["pydocs", "arithmetic"], strategies, others, repeats=2)
+    options = {"repeats": 2, "companions": {"pysource": ["padding"]}}
+    specs = throughput.table_2_specs(BASE, ["tiny-llama", "phi-2"], ["pydocs", "arithmetic"], strategies, others, **options)
     arms = [(s.model, s.corpus, s.strategy, s.kernel, s.repeat) for s in specs]
     first = [(*place, *arm, 0) for place in (("tiny-llama", "pydocs"), ("tiny-llama", "arithmetic"))
              for arm in (("padding", "auto"), ("padding", "transformers_sdpa"), ("multipack_posid", "auto"))]  # fmt: skip
     repeats = [("tiny-llama", "pydocs", arm, "auto", repeat) for repeat in (1, 2) for arm in ("padding", "minibatch_packing")]
-    assert arms == [*first, *repeats, *(("phi-2", "pydocs", arm, "auto", 0) for arm in others)]
+    rest = [("tiny-llama", "pysource", "padding", "auto", 0)]
+    rest += [("phi-2", corpus, arm, "auto", 0) for corpus in ("pydocs", "arithmetic") for arm in others]
+    assert arms == [*first, *repeats, *rest]
     assert len({spec.run_id for spec in specs}) == len(specs)
     same = {"model": BASE.model, "corpus": BASE.corpus, "strategy": "padding", "kernel": "auto", "repeat": 0}
     assert all(replace(spec, **same) == BASE for spec in specs), "all else is alike"
