@@ -89,7 +89,7 @@ def _fit_time(runs: Sequence[Mapping[str, Any]]) -> Costs:
     pair = PAIR_SLOWDOWN * models.attention_flops_per_token(config, 1.0) / 2 / models.flops_per_token(config)
     costs = Costs(1.0, pair, 0.0, None, head=_head_share(spec["model"], runs))
     features = [(costs(slots, labelled, pairs), 0.0, batches) for slots, labelled, pairs, batches in map(time_features, runs)]
-    seconds, names = np.array([typical_step(r) for r in runs]), [r["spec"]["strategy"] for r in runs]
+    seconds, names = np.array([undisturbed_step(r) for r in runs]), [r["spec"]["strategy"] for r in runs]
     _, corpus = np.unique([r["spec"].get("corpus", "") for r in runs], return_inverse=True)
     pace = np.ones(len(runs))  # corpora are measured one after the other: a factor each, so that drift of the machine is not taken for a cost
     for _ in range(20):
@@ -117,10 +117,21 @@ def time_features(run: Mapping[str, Any]) -> tuple[float, float, float, float]:
     return metrics["slots_per_step"] / ranks, labelled / ranks, pairs * metrics["tokens_per_step"] / ranks, spec["gradient_accumulation"]
 
 
-def typical_step(run: Mapping[str, Any]) -> float:
-    """Seconds of the mean measured step at the run's median rate of slots, so that a step which something else disturbed does not count."""
+def undisturbed_step(run: Mapping[str, Any]) -> float:
+    """Seconds of the mean measured step when nothing else runs: other work only ever slows a step, so the fast ones count.
+
+    The line seconds = a + b · slots that a tenth of the measured steps lie under (quantile regression, Koenker and Bassett 1978), at the mean slots.
+    """
     seconds, slots = (np.diff(run["trace"][name], prepend=0)[-run["metrics"]["measured_steps"] :] for name in ("seconds", "slots"))
-    return float(np.median(seconds / slots) * slots.mean())
+    every = slice(None, None, 1 + len(slots) // 100)
+    x, y, zero = slots[every].astype(float), seconds[every], np.zeros(len(seconds[every]))
+    i, j = np.nonzero(x[:, None] < x)
+    slope = (y[j] - y[i]) / (x[j] - x[i])
+    lines = np.hstack([[y[i] - slope * x[i], slope], [zero, y / x], [y, zero]])  # through two steps, through one and the origin, level
+    lines = lines[:, (lines >= 0).all(axis=0)]
+    above = y - (lines[0][:, None] + lines[1][:, None] * x)
+    a, b = lines[:, np.where(above > 0, 0.1 * above, -0.9 * above).sum(axis=1).argmin()]
+    return float(a + b * slots.mean())
 
 
 def largest_batch(run: Mapping[str, Any]) -> float:
@@ -157,7 +168,7 @@ def _memory_by_formula(config: Any, itemsize: int) -> Costs:
 
 
 def held_out(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Speed-ups over padding, measured (at `typical_step`) and predicted from the other strategies' runs.
+    """Speed-ups over padding, measured (at `undisturbed_step`) and predicted from the other strategies' runs.
 
     Columns `corpus, strategy, measured, predicted, error`.
 
@@ -172,7 +183,7 @@ def held_out(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         groups: dict[tuple, dict[str, list[tuple[float, float]]]] = {}
         for r in runs:
             tokens, group = r["metrics"]["tokens_per_step"], groups.setdefault(tuple(r["spec"][key] for key in settings), {})
-            group.setdefault(r["spec"]["strategy"], []).append((tokens / typical_step(r), tokens / costs(*time_features(r))))
+            group.setdefault(r["spec"]["strategy"], []).append((tokens / undisturbed_step(r), tokens / costs(*time_features(r))))
         for key, group in groups.items():
             if name != "padding" and "padding" in group and name in group:
                 measured, predicted = np.mean(group[name], axis=0) / np.mean(group["padding"], axis=0)

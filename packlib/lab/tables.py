@@ -35,14 +35,16 @@ def t95(n: int) -> float:
 def one_setting(frame: pd.DataFrame) -> pd.DataFrame:
     """Of each model and corpus the runs of the one setting that most arms share, all repeats and seeds of it.
 
-    A run folder also holds other batch sizes, learning rates and lengths of training: each is a comparison of its own.
+    A run folder also holds other batch sizes, learning rates and lengths of training: each is a comparison of its own. How many steps a run
+    that is not evaluated was timed over is no such difference.
     """
+    compared = frame.assign(steps=frame["steps"].where(frame["eval_examples"] > 0)) if {"steps", "eval_examples"} <= set(frame) else frame
     free = {"run_id", "status", "error", "model", "corpus", "strategy", "kernel", "seed", "repeat"}
     fixed, kept = [name for name in frame if "." not in name and name not in free], []
-    for _, group in frame.groupby(["model", "corpus"], sort=False):
+    for _, group in compared.groupby(["model", "corpus"], sort=False):
         settings = [arms for _, arms in group.groupby(fixed, sort=False, dropna=False)]
-        kept.append(max(settings, key=lambda arms: len(arms[["strategy", "kernel"]].drop_duplicates())))
-    return pd.concat(kept) if kept else frame
+        kept += list(max(settings, key=lambda arms: len(arms[["strategy", "kernel"]].drop_duplicates())).index)
+    return frame.loc[kept]
 
 
 def against(frame: pd.DataFrame, base: str = "padding", by: tuple[str, ...] = ("model", "corpus")) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from types import MappingProxyType
 
 import numpy as np
@@ -12,17 +13,20 @@ import pandas as pd
 
 from packlib.lab import tables
 from packlib.lab.experiment import RunSpec
-from packlib.lab.strategies import STRATEGIES
+from packlib.lab.strategies import STRATEGIES, get_strategy, plan_for
 
 
 def table_2_specs(
     base: RunSpec, models: Iterable[str], corpora: Iterable[str], strategies: Iterable[str], other_strategies: Iterable[str], repeats: int,
-    companions: Mapping[str, Iterable[str]] = MappingProxyType({}),
+    companions: Mapping[str, Iterable[str]] = MappingProxyType({}), other_corpora: Iterable[str] = (),
 ) -> list[RunSpec]:  # fmt: skip
-    """Every strategy for the first model, corpus by corpus; then padding and minibatch_packing on the first corpus once more per repeat, so that
-    drift would show; then `companions`, further corpora with the strategies to run on them; then `other_strategies` for the other models on all
-    `corpora`. Where attention that pads is the baseline, padding on transformers' SDPA is an arm of its own: the strategy `padding` written
-    `padding:transformers_sdpa`."""
+    """The arms in the order in which they are run.
+
+    Every strategy for the first model, corpus by corpus; then padding and minibatch_packing on the first corpus once more per repeat, so that
+    drift would show; then `companions`, further corpora with the strategies to run on them; then `other_strategies` for the other models on
+    `other_corpora`, or all `corpora`. Where attention that pads is the baseline, padding on transformers' SDPA is an arm of its own: the strategy
+    `padding` written `padding:transformers_sdpa`.
+    """
     models, corpora, other_strategies = list(models), list(corpora), list(other_strategies)
     specs = [_arm(base, models[0], corpus, arm) for corpus in corpora for arm in strategies]
     specs += [
@@ -31,7 +35,7 @@ def table_2_specs(
         for arm in ("padding", "minibatch_packing")
     ]
     specs += [_arm(base, models[0], corpus, arm) for corpus, arms in companions.items() for arm in arms]
-    return specs + [_arm(base, model, corpus, arm) for model in models[1:] for corpus in corpora for arm in other_strategies]
+    return specs + [_arm(base, model, corpus, arm) for model in models[1:] for corpus in [*other_corpora] or corpora for arm in other_strategies]
 
 
 def _arm(base: RunSpec, model: str, corpus: str, arm: str) -> RunSpec:
@@ -43,6 +47,26 @@ def batch_size_specs(base: RunSpec, model: str, corpus: str, batch_sizes: Iterab
     """padding and minibatch_packing on the same mini-batches of growing size."""
     arms = ("padding", "minibatch_packing")
     return [replace(base, model=model, corpus=corpus, strategy=arm, batch_size=size) for size in batch_sizes for arm in arms]
+
+
+def enough_steps(specs: Iterable[RunSpec], tokens: int) -> list[RunSpec]:
+    """The specs with as many steps as it takes to measure each over about `tokens` real tokens, never fewer than they have.
+
+    Mini-batches of short examples make short steps, and ten of them are over before a CPU has found its pace. With `tokens` = 0 nothing changes.
+    """
+    from packlib.lab import worker
+
+    @cache
+    def lengths(spec: RunSpec) -> np.ndarray:
+        return worker.training_corpus(spec)[0].lengths
+
+    def enough(spec: RunSpec) -> RunSpec:
+        strategy, known = get_strategy(spec.strategy), lengths(replace(spec, strategy="padding", batch_size=1, steps=None, repeat=0, kernel="auto"))
+        plan = plan_for(strategy, known, batch_size=spec.batch_size, max_tokens=spec.max_tokens, seed=spec.seed)
+        rows = spec.gradient_accumulation * (1 if strategy.trl is not None else strategy.rows_per_batch(spec.batch_size))
+        return replace(spec, steps=max(spec.steps, spec.warmup_steps + math.ceil(tokens / (known.sum() / len(plan) * rows))))
+
+    return [enough(spec) if tokens and spec.steps else spec for spec in specs]
 
 
 def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:

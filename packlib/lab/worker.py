@@ -64,8 +64,8 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()
     strategy = strategies.get_strategy(spec.strategy)
-    corpus, lost = _corpus(spec, "train")
-    held_out = _corpus(replace(spec, limit=spec.eval_examples), "eval")[0] if spec.eval_examples else None
+    corpus, lost = training_corpus(spec)
+    held_out = training_corpus(replace(spec, limit=spec.eval_examples), "eval")[0] if spec.eval_examples else None
     ceiling = matmul_ceiling(device, torch.float32 if spec.dtype == "float32" else torch.bfloat16)
     kernel, attn = route(spec, strategy, device)
     dataset, report = planned(spec, strategy, corpus, lost)
@@ -108,7 +108,8 @@ def located(name: str) -> str:
     return str(inside) if inside and (inside.exists() or Path(str(inside).format(split="train")).exists()) else name
 
 
-def _corpus(spec: RunSpec, split: str) -> tuple[corpora.Corpus, int]:
+def training_corpus(spec: RunSpec, split: str = "train") -> tuple[corpora.Corpus, int]:
+    """The examples of a spec, none longer than its `max_tokens`, and the tokens that this lost."""
     corpus = corpora.load_corpus(located(spec.corpus), split=split, tokenizer=located(spec.tokenizer), loss=spec.loss, limit=spec.limit)
     return strategies.fit_examples(corpus, spec.max_tokens, spec.overflow)
 

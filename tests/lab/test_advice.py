@@ -53,8 +53,8 @@ def test_predictions_recover_a_machine_that_obeys_the_model():
     found = {p.strategy: p for p in advise(TAIL, max_tokens=1024, runs=RUNS).strategies}
     rates = {r["spec"]["strategy"]: r["metrics"]["tokens_per_s"]["mean"] for r in RUNS[: len(OURS)]}
     for name in OURS:
-        assert found[name].speed_up == pytest.approx(rates[name] / rates["padding"], rel=0.05), name  # a step is timed at its median rate
-        assert found[name].speed_up_error < 0.08
+        assert found[name].speed_up == pytest.approx(rates[name] / rates["padding"], rel=0.05), name
+        assert found[name].speed_up_error < 0.2  # the fast steps of this machine are those with less Σ n², and strategies differ in that
     assert found["multipack_posid"].speed_up > 1.5 * found["padding"].speed_up
     peak = TRUE["resident"] + TRUE["per_slot"] * 4096
     assert found["fixed_length_packing_posid"].peak_memory_bytes == pytest.approx(peak, rel=0.01)
@@ -75,7 +75,7 @@ def test_held_out_strategies_are_predicted_from_the_others():
     runs = [r | {"spec": r["spec"] | {"corpus": corpus}} for r, corpus in zip(RUNS, ["tail"] * len(OURS) + ["narrow"] * len(OURS))]
     table = costs.held_out(runs)
     assert sorted(table["strategy"]) == sorted([name for name in OURS if name != "padding"] * 2)
-    assert table["error"].abs().max() < 0.08  # the median rate is not quite the mean one
+    assert table["error"].abs().max() < 0.16  # the fast steps of this machine are those with less Σ n²
     slow = [r | {"trace": r["trace"] | {"seconds": [100 * s for s in r["trace"]["seconds"]]}} for r in runs]
     broken = [s if r["spec"]["strategy"] == "multipack_posid" else r for r, s in zip(runs, slow)]
     errors = costs.held_out(broken).groupby("strategy")["error"].max()
@@ -193,8 +193,18 @@ def test_a_disturbed_step_does_not_count():
     steps = np.diff(run["trace"]["seconds"], prepend=0)
     steps[0] *= 50
     disturbed = run | {"trace": run["trace"] | {"seconds": np.cumsum(steps).tolist()}}
-    assert costs.typical_step(disturbed) == pytest.approx(costs.typical_step(run), rel=0.05)
-    assert costs.typical_step(run | {"trace": run["trace"] | {"seconds": [2 * s for s in run["trace"]["seconds"]]}}) == 2 * costs.typical_step(run)
+    assert costs.undisturbed_step(disturbed) == pytest.approx(costs.undisturbed_step(run), rel=0.05)
+    slower = run | {"trace": run["trace"] | {"seconds": [2 * s for s in run["trace"]["seconds"]]}}
+    assert costs.undisturbed_step(slower) == pytest.approx(2 * costs.undisturbed_step(run))
+
+
+def test_a_mostly_disturbed_run_is_timed_by_its_quiet_steps():
+    slots = np.tile([1000, 3000, 2000, 1500, 2500], 6)
+    seconds = 0.1 + 1e-4 * slots
+    run = {"metrics": {"measured_steps": 30}, "trace": {"slots": slots.cumsum().tolist(), "seconds": seconds.cumsum().tolist()}}
+    assert costs.undisturbed_step(run) == pytest.approx(0.1 + 1e-4 * 2000), "on the line through steps of several sizes"
+    slowed = np.where(np.arange(30) < 20, 1.5 * seconds, seconds)
+    assert costs.undisturbed_step(run | {"trace": run["trace"] | {"seconds": slowed.cumsum().tolist()}}) == pytest.approx(0.3)
 
 
 def test_runs_that_shared_the_device_do_not_calibrate():

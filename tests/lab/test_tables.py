@@ -106,6 +106,9 @@ def test_only_one_setting_is_compared():
     kept = tables.one_setting(frame)
     assert len(kept) == len(table_2) and kept["metrics.tokens_per_s.mean"].max() == 100
     assert len(tables.one_setting(frame.iloc[:0])) == 0
+    timed = pd.DataFrame([row(steps=40, eval_examples=0), row("multipack_posid", steps=7, eval_examples=0)])
+    assert len(tables.one_setting(timed)) == 2, "short steps are timed more often"
+    assert len(tables.one_setting(timed.assign(eval_examples=48))) == 1, "trained longer is another training"
 
 
 def test_markdown_is_a_table():

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_tables import lost, row
 
-from packlib.lab import tables, throughput
+from packlib.lab import tables, throughput, worker
 from packlib.lab.experiment import RunSpec
 
 BASE = RunSpec(steps=9)
@@ -25,6 +27,8 @@ def test_arms_come_in_the_order_in_which_they_are_read():
     rest += [("phi-2", corpus, arm, "auto", 0) for corpus in ("pydocs", "arithmetic") for arm in others]
     assert arms == [*first, *repeats, *rest]
     assert len({spec.run_id for spec in specs}) == len(specs)
+    fewer = throughput.table_2_specs(BASE, ["tiny-llama", "phi-2"], ["pydocs", "arithmetic"], strategies, others, 0, other_corpora=["pydocs"])
+    assert [(s.corpus, s.strategy) for s in fewer if s.model == "phi-2"] == [("pydocs", arm) for arm in others]
     same = {"model": BASE.model, "corpus": BASE.corpus, "strategy": "padding", "kernel": "auto", "repeat": 0}
     assert all(replace(spec, **same) == BASE for spec in specs), "all else is alike"
 
@@ -39,6 +43,19 @@ def test_a_misspelt_arm_is_named():
 def test_the_curve_has_pairs():
     specs = throughput.batch_size_specs(BASE, "tiny-llama", "pydocs", [1, 8])
     assert [(s.batch_size, s.strategy) for s in specs] == [(n, name) for n in (1, 8) for name in ("padding", "minibatch_packing")]
+
+
+def test_short_steps_are_measured_more_often(monkeypatch):
+    lengths = np.array([10, 30] * 50)  # 2000 tokens
+    monkeypatch.setattr(worker, "training_corpus", lambda spec: (SimpleNamespace(lengths=lengths), 0))
+    base = replace(BASE, batch_size=5, max_tokens=100, warmup_steps=3, steps=6)
+    arms = ("padding", "trl_padding_free", "fixed_length_packing_posid", "multipack_posid", "trl_packing_bfd")
+    specs = [replace(base, strategy=name) for name in arms]
+    found = {spec.strategy: spec.steps for spec in throughput.enough_steps(specs, 1000)}
+    # five examples of 20 tokens make 100 a step; 5 rows of 100, or one of 500, make 500, and two such steps are measured already
+    assert found == dict(zip(arms, (13, 13, 6, 6, 6)))
+    assert throughput.enough_steps([replace(base, gradient_accumulation=2)], 1000)[0].steps == 8
+    assert throughput.enough_steps(specs, 0) == specs
 
 
 def test_reached_is_the_share_of_the_waste_that_became_speed():
