@@ -1,12 +1,13 @@
-"""The arms of notebook 06: Table 2's comparison, its companions, and speed-up against batch size."""
+"""The arms of notebook 06: Table 2's comparison, and speed-up against batch size."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
-from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,25 +18,22 @@ from packlib.lab.strategies import STRATEGIES, get_strategy, plan_for
 
 
 def table_2_specs(
-    base: RunSpec, models: Iterable[str], corpora: Iterable[str], strategies: Iterable[str], other_strategies: Iterable[str], repeats: int,
-    companions: Mapping[str, Iterable[str]] = MappingProxyType({}), other_corpora: Iterable[str] = (),
-) -> list[RunSpec]:  # fmt: skip
-    """The arms in the order in which they are run.
+    base: RunSpec, models: Iterable[str], corpora: Iterable[str], strategies: Iterable[str], further: Iterable[Mapping[str, Any]] = ()
+) -> list[RunSpec]:
+    """The arms in the order in which they are run: per model, per corpus, per strategy; then the same for each entry of `further`.
 
-    Every strategy for the first model, corpus by corpus; then padding and minibatch_packing on the first corpus once more per repeat, so that
-    drift would show; then `companions`, further corpora with the strategies to run on them; then `other_strategies` for the other models on
-    `other_corpora`, or all `corpora`. Where attention that pads is the baseline, padding on transformers' SDPA is an arm of its own: the strategy
-    `padding` written `padding:transformers_sdpa`.
+    further: mappings with `models`, `corpora` and `strategies` of their own (missing ones are those given here), and any field of RunSpec that
+    differs, such as `{"strategies": ["padding"], "repeat": 1}`. A strategy written `padding:transformers_sdpa` names the attention, too: what
+    padding costs on transformers' SDPA, where attention that pads is the baseline. Raises `ValueError` for an unknown strategy or attention and
+    `TypeError` for an unknown field.
     """
-    models, corpora, other_strategies = list(models), list(corpora), list(other_strategies)
-    specs = [_arm(base, models[0], corpus, arm) for corpus in corpora for arm in strategies]
-    specs += [
-        replace(_arm(base, models[0], corpora[0], arm), repeat=repeat)
-        for repeat in range(1, repeats + 1)
-        for arm in ("padding", "minibatch_packing")
-    ]
-    specs += [_arm(base, models[0], corpus, arm) for corpus, arms in companions.items() for arm in arms]
-    return specs + [_arm(base, model, corpus, arm) for model in models[1:] for corpus in [*other_corpora] or corpora for arm in other_strategies]
+    main = {"models": list(models), "corpora": list(corpora), "strategies": list(strategies)}
+    specs = []
+    for entry in ({}, *further):
+        fields = main | dict(entry)
+        places = itertools.product(*(fields.pop(name) for name in main))
+        specs += [_arm(replace(base, **fields), *place) for place in places]
+    return specs
 
 
 def _arm(base: RunSpec, model: str, corpus: str, arm: str) -> RunSpec:

@@ -16,28 +16,27 @@ BASE = RunSpec(steps=9)
 
 
 def test_arms_come_in_the_order_in_which_they_are_read():
-    strategies, others = ["padding", "padding:transformers_sdpa", "multipack_posid"], ["padding", "minibatch_packing"]
-    options = {"repeats": 2, "companions": {"pysource": ["padding"]}}
-    specs = throughput.table_2_specs(BASE, ["tiny-llama", "phi-2"], ["pydocs", "arithmetic"], strategies, others, **options)
-    arms = [(s.model, s.corpus, s.strategy, s.kernel, s.repeat) for s in specs]
-    first = [(*place, *arm, 0) for place in (("tiny-llama", "pydocs"), ("tiny-llama", "arithmetic"))
-             for arm in (("padding", "auto"), ("padding", "transformers_sdpa"), ("multipack_posid", "auto"))]  # fmt: skip
-    repeats = [("tiny-llama", "pydocs", arm, "auto", repeat) for repeat in (1, 2) for arm in ("padding", "minibatch_packing")]
-    rest = [("tiny-llama", "pysource", "padding", "auto", 0)]
-    rest += [("phi-2", corpus, arm, "auto", 0) for corpus in ("pydocs", "arithmetic") for arm in others]
-    assert arms == [*first, *repeats, *rest]
+    strategies, places = ["padding", "padding:transformers_sdpa", "multipack_posid"], (["tiny-llama"], ["pydocs", "arithmetic"])
+    further = [{"corpora": ["pydocs"], "strategies": ["padding", "minibatch_packing"], "repeat": 1}, {"models": ["phi-2"], "seed": 7}]
+    specs = throughput.table_2_specs(BASE, *places, strategies, further)
+    arms = [(s.model, s.corpus, s.strategy, s.kernel, s.repeat, s.seed) for s in specs]
+    each = [("padding", "auto"), ("padding", "transformers_sdpa"), ("multipack_posid", "auto")]
+    first = [("tiny-llama", corpus, *arm, 0, BASE.seed) for corpus in ("pydocs", "arithmetic") for arm in each]
+    repeats = [("tiny-llama", "pydocs", arm, "auto", 1, BASE.seed) for arm in ("padding", "minibatch_packing")]
+    assert arms == [*first, *repeats, *(("phi-2", corpus, *arm, 0, 7) for corpus in ("pydocs", "arithmetic") for arm in each)]
     assert len({spec.run_id for spec in specs}) == len(specs)
-    fewer = throughput.table_2_specs(BASE, ["tiny-llama", "phi-2"], ["pydocs", "arithmetic"], strategies, others, 0, other_corpora=["pydocs"])
-    assert [(s.corpus, s.strategy) for s in fewer if s.model == "phi-2"] == [("pydocs", arm) for arm in others]
-    same = {"model": BASE.model, "corpus": BASE.corpus, "strategy": "padding", "kernel": "auto", "repeat": 0}
+    assert further == [{"corpora": ["pydocs"], "strategies": ["padding", "minibatch_packing"], "repeat": 1}, {"models": ["phi-2"], "seed": 7}]
+    same = {"model": BASE.model, "corpus": BASE.corpus, "strategy": "padding", "kernel": "auto", "repeat": 0, "seed": BASE.seed}
     assert all(replace(spec, **same) == BASE for spec in specs), "all else is alike"
 
 
-def test_a_misspelt_arm_is_named():
+def test_a_misspelt_arm_or_field_is_named():
     with pytest.raises(ValueError, match="unknown strategy 'paddin'"):
-        throughput.table_2_specs(BASE, ["tiny-llama"], ["pydocs"], ["paddin"], [], 0)
+        throughput.table_2_specs(BASE, ["tiny-llama"], ["pydocs"], ["paddin"])
     with pytest.raises(ValueError, match="unknown kernel 'sdpaa'"):
-        throughput.table_2_specs(BASE, ["tiny-llama"], ["pydocs"], ["padding:sdpaa"], [], 0)
+        throughput.table_2_specs(BASE, ["tiny-llama"], ["pydocs"], ["padding:sdpaa"])
+    with pytest.raises(TypeError, match="'modell'"):
+        throughput.table_2_specs(BASE, ["tiny-llama"], ["pydocs"], ["padding"], [{"corpora": ["arithmetic"], "modell": "phi-2"}])
 
 
 def test_the_curve_has_pairs():
