@@ -29,6 +29,7 @@ lab: $(READY)
 
 bench: $(READY)
 	$(PYTHON) benchmarks/bench_collators.py
+	$(PYTHON) benchmarks/bench_dispatch.py
 	$(PYTHON) benchmarks/bench_plans.py
 
 tables: $(READY)

@@ -10,13 +10,13 @@ turn is left out and predicted from the others. Without records, FLOPs alone dec
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import linprog, nnls
 
 from packlib.lab import models
 from packlib.lab.strategies import STRATEGIES
@@ -78,7 +78,7 @@ def calibrate(runs: Sequence[Mapping[str, Any]], model: str) -> tuple[Costs, Cos
         slot = time.slot * flops / models.flops_per_token(scale)
         pair = time.pair * pair_flops * 2 / models.attention_flops_per_token(scale, 1.0)
         return replace(time, slot=slot, pair=pair), _memory_by_formula(config, 4)
-    features = [(largest_batch(r), 0.0, 1.0) for r in runs]
+    features = [(largest_batch(r), 1.0) for r in runs]
     return time, _fit(features, [r["metrics"]["peak_memory_bytes"] for r in runs], names)
 
 
@@ -88,13 +88,13 @@ def _fit_time(runs: Sequence[Mapping[str, Any]]) -> Costs:
     config = models.model_config(spec["model"], layers=spec.get("layers"))
     pair = PAIR_SLOWDOWN * models.attention_flops_per_token(config, 1.0) / 2 / models.flops_per_token(config)
     costs = Costs(1.0, pair, 0.0, None, head=_head_share(spec["model"], runs))
-    features = [(costs(slots, labelled, pairs), 0.0, batches) for slots, labelled, pairs, batches in map(time_features, runs)]
+    features = [(costs(slots, labelled, pairs), batches) for slots, labelled, pairs, batches in map(time_features, runs)]
     seconds, names = np.array([undisturbed_step(r) for r in runs]), [r["spec"]["strategy"] for r in runs]
     _, corpus = np.unique([r["spec"].get("corpus", "") for r in runs], return_inverse=True)
     pace = np.ones(len(runs))  # corpora are measured one after the other: a factor each, so that drift of the machine is not taken for a cost
     for _ in range(20):
         fitted = _fit(features, seconds / pace, names)
-        log_ratio = np.log(seconds / [fitted.slot * work + fitted.batch * batches for work, _, batches in features])
+        log_ratio = np.log(seconds / [fitted.slot * work + fitted.batch * batches for work, batches in features])
         pace = np.exp((np.bincount(corpus, log_ratio) / np.bincount(corpus))[corpus] - log_ratio.mean())
     return replace(fitted, pair=fitted.slot * pair, head=costs.head)
 
@@ -123,15 +123,10 @@ def undisturbed_step(run: Mapping[str, Any]) -> float:
     The line seconds = a + b · slots that a tenth of the measured steps lie under (quantile regression, Koenker and Bassett 1978), at the mean slots.
     """
     seconds, slots = (np.diff(run["trace"][name], prepend=0)[-run["metrics"]["measured_steps"] :] for name in ("seconds", "slots"))
-    every = slice(None, None, 1 + len(slots) // 100)
-    x, y, zero = slots[every].astype(float), seconds[every], np.zeros(len(seconds[every]))
-    i, j = np.nonzero(x[:, None] < x)
-    slope = (y[j] - y[i]) / (x[j] - x[i])
-    lines = np.hstack([[y[i] - slope * x[i], slope], [zero, y / x], [y, zero]])  # through two steps, through one and the origin, level
-    lines = lines[:, (lines >= 0).all(axis=0)]
-    above = y - (lines[0][:, None] + lines[1][:, None] * x)
-    a, b = lines[:, np.where(above > 0, 0.1 * above, -0.9 * above).sum(axis=1).argmin()]
-    return float(a + b * slots.mean())
+    x, y, one = slots / slots.mean(), seconds / seconds.mean(), np.eye(len(slots))
+    # y = a + b · x + above - below, all of them positive or 0
+    line = linprog([0, 0, *0.1 * one.sum(0), *0.9 * one.sum(0)], A_eq=np.column_stack([np.ones(len(x)), x, one, -one]), b_eq=y)
+    return float(seconds.mean() * (line.x[0] + line.x[1]))
 
 
 def largest_batch(run: Mapping[str, Any]) -> float:
@@ -140,24 +135,17 @@ def largest_batch(run: Mapping[str, Any]) -> float:
     return steps.max() / run["spec"]["gradient_accumulation"] / run["spec"]["world_size"]
 
 
-def _fit(features: Sequence[tuple[float, ...]], values: Sequence[float], groups: Sequence[str]) -> Costs:
-    def solve(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        best, chosen = np.inf, np.zeros(3)
-        for columns in itertools.chain.from_iterable(itertools.combinations(range(3), k) for k in (1, 2, 3)):
-            part = (x / y[:, None])[:, columns]  # relative errors: a slow strategy does not outweigh a fast one
-            solution = np.linalg.lstsq(part, np.ones(len(y)), rcond=None)[0]
-            error = float(((part @ solution - 1) ** 2).sum())
-            if (solution >= 0).all() and error < best * (1 - 1e-9):
-                best, chosen = error, np.zeros(3)
-                chosen[list(columns)] = solution
-        return chosen
+def _fit(features: Sequence[tuple[float, float]], values: Sequence[float], groups: Sequence[str]) -> Costs:
+    """Non-negative least squares on relative errors, so that a slow strategy does not outweigh a fast one. features: slots and micro-batches."""
+    x, names = np.array(features, dtype=float) / np.array(values, dtype=float)[:, None], np.array(groups)
+    scale = x.max(axis=0)
 
-    x, y = np.array(features, dtype=float), np.array(values, dtype=float)
-    names, errors = np.array(groups), []
-    for name in np.unique(names):
-        inside = names == name
-        errors.extend(np.abs(x[inside] @ solve(x[~inside], y[~inside]) / y[inside] - 1))
-    return Costs(*solve(x, y).tolist(), error=float(max(errors)), runs=len(y))
+    def solve(part: np.ndarray) -> np.ndarray:
+        return nnls(part / scale, np.ones(len(part)))[0] / scale
+
+    errors = [np.abs(x[names == name] @ solve(x[names != name]) - 1).max() for name in np.unique(names)]
+    slot, batch = solve(x).tolist()
+    return Costs(slot, 0.0, batch, error=float(max(errors)), runs=len(x))
 
 
 def _memory_by_formula(config: Any, itemsize: int) -> Costs:

@@ -170,9 +170,9 @@ def memory_bars(table: pd.DataFrame, title: str) -> Figure:
 
 
 def forest(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
-    """Differences with their 95 % intervals, one row each, zero marked.
+    """Differences of a loss with their 95 % intervals, one row each, zero marked.
 
-    table columns: `label, strategy, difference, low, high, n` (low and high may be NaN for a single seed).
+    table columns: `label, strategy, difference, low, high, n` in nats (low and high may be NaN for a single seed).
     """
     figure, (ax,) = new(9.5, 0.42 * len(table) + 1.7, title)
     for y, row in enumerate(table.itertuples()):
@@ -180,7 +180,8 @@ def forest(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
         error = [[row.difference - row.low], [row.high - row.difference]] if np.isfinite(row.low) else None
         ax.errorbar(row.difference, y, xerr=error, color=color, marker=marker, markersize=8, capsize=4, linewidth=1.8)
     ax.axvline(0, color="black", linewidth=1)
-    ax.set(xlabel=xlabel, yticks=range(len(table)), yticklabels=[f"{r.label} (n={r.n})" for r in table.itertuples()], ylim=(len(table) - 0.4, -0.6))
+    labels = [f"{r.label} (n={r.n})" for r in table.itertuples()]
+    ax.set(xlabel=f"{xlabel}\n(nats; right of 0 is worse)", yticks=range(len(table)), yticklabels=labels, ylim=(len(table) - 0.4, -0.6))
     return head(figure, title)
 
 

@@ -7,12 +7,10 @@ import re
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from packlib.lab.strategies import STRATEGIES
 
-# two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom
-_T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
-        2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]  # fmt: skip
 _VALUES = ("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "slots_per_s", "peak_memory_bytes", "fill", "waste", "rows", "optimizer_steps",
            "step_seconds", "utilization", "loss", "speed_up", "speed_up_low", "speed_up_high", "limit", "memory_ratio")  # fmt: skip
 
@@ -29,7 +27,7 @@ def arm_label(strategy: str, kernel: str) -> str:
 
 def t95(n: int) -> float:
     """Student's t for a 95 % interval of a mean over n values (NaN below two)."""
-    return math.nan if n < 2 else _T95[n - 2] if n - 2 < len(_T95) else 1.96 + 2.372 / (n - 1) + 2.82 / (n - 1) ** 2  # Cornish-Fisher
+    return float(stdtrit(n - 1, 0.975)) if n > 1 else math.nan
 
 
 def one_setting(frame: pd.DataFrame) -> pd.DataFrame:
