@@ -32,7 +32,7 @@ def record(strategy, lengths, *, noise=0.0, model="tiny-llama", batch_size=4, ma
     return {
         "status": "ok",
         "spec": {"model": model, "strategy": strategy, "batch_size": batch_size, "max_tokens": max_tokens, "gradient_accumulation": 1,
-                 "world_size": 1},
+                 "world_size": 1, "corpus": f"of {lengths.sum()} tokens"},
         "environment": {"device": "a machine", "cuda": "13.0"},
         "plan": report,
         "metrics": {
@@ -205,6 +205,16 @@ def test_a_mostly_disturbed_run_is_timed_by_its_quiet_steps():
     assert costs.undisturbed_step(run) == pytest.approx(0.1 + 1e-4 * 2000), "on the line through steps of several sizes"
     slowed = np.where(np.arange(30) < 20, 1.5 * seconds, seconds)
     assert costs.undisturbed_step(run | {"trace": run["trace"] | {"seconds": slowed.cumsum().tolist()}}) == pytest.approx(0.3)
+
+
+def test_of_repeats_the_fastest_counts():
+    slow = [record("multipack_posid", TAIL, noise=0.5), record("padding", TAIL, noise=0.3)]
+    repeated = [r | {"spec": r["spec"] | {"repeat": 1}} for r in slow]
+    assert costs.comparable([*RUNS, *repeated]) == RUNS
+    first = costs.comparable([*repeated, *RUNS])
+    assert len(first) == len(RUNS) and all(r in RUNS for r in first)
+    other = [r | {"spec": r["spec"] | {"seed": 5}} for r in slow]
+    assert len(costs.comparable([*other, *RUNS])) == len(RUNS) + 2, "another seed is another run"
 
 
 def test_runs_that_shared_the_device_do_not_calibrate():
