@@ -45,8 +45,7 @@ class Costs:
 def comparable(runs: Sequence[Mapping[str, Any]], model: str | None = None) -> list[Mapping[str, Any]]:
     """Finished runs of our strategies that share model, depth, device, kernel and dtype, and had the device to themselves.
 
-    Of several such groups the one of `model`, if there is one, then the one of most strategies, then the largest. Of the repeats of a run the
-    fastest: a machine that something else slowed for a while was not slowed for all of them.
+    Of several such groups the one of `model`, if there is one, then the one of most strategies, then the largest.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for r in runs:
@@ -57,11 +56,7 @@ def comparable(runs: Sequence[Mapping[str, Any]], model: str | None = None) -> l
     def worth(group: list[Mapping[str, Any]]) -> tuple[bool, int, int]:
         return group[0]["spec"]["model"] == model, len({r["spec"]["strategy"] for r in group}), len(group)
 
-    fastest: dict[str, Mapping[str, Any]] = {}
-    for r in max(groups.values(), key=worth, default=[]):
-        arm = str(r["spec"] | {"repeat": 0})
-        fastest[arm] = min(fastest.get(arm, r), r, key=undisturbed_step)
-    return list(fastest.values())
+    return max(groups.values(), key=worth, default=[])
 
 
 def calibrate(runs: Sequence[Mapping[str, Any]], model: str) -> tuple[Costs, Costs]:
@@ -95,12 +90,12 @@ def _fit_time(runs: Sequence[Mapping[str, Any]]) -> Costs:
     costs = Costs(1.0, pair, 0.0, None, head=_head_share(spec["model"], runs))
     features = [(costs(slots, labelled, pairs), batches) for slots, labelled, pairs, batches in map(time_features, runs)]
     seconds, names = np.array([undisturbed_step(r) for r in runs]), [r["spec"]["strategy"] for r in runs]
-    _, corpus = np.unique([r["spec"].get("corpus", "") for r in runs], return_inverse=True)
-    pace = np.ones(len(runs))  # corpora are measured one after the other: a factor each, so that drift of the machine is not taken for a cost
+    _, turn = np.unique([f"{r['spec'].get('repeat', 0)} {r['spec'].get('corpus')}" for r in runs], return_inverse=True)
+    pace = np.ones(len(runs))  # corpora and their repeats have their turns: a factor each, so that drift of the machine is not taken for a cost
     for _ in range(20):
         fitted = _fit(features, seconds / pace, names)
         log_ratio = np.log(seconds / [fitted.slot * work + fitted.batch * batches for work, batches in features])
-        pace = np.exp((np.bincount(corpus, log_ratio) / np.bincount(corpus))[corpus] - log_ratio.mean())
+        pace = np.exp((np.bincount(turn, log_ratio) / np.bincount(turn))[turn] - log_ratio.mean())
     return replace(fitted, pair=fitted.slot * pair, head=costs.head)
 
 
@@ -165,20 +160,22 @@ def held_out(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     Columns `corpus, strategy, measured, predicted, error`.
 
-    Compares runs of one corpus, batch size, capacity and accumulation among `comparable` ones, seeds averaged; empty without padding or with
-    fewer than three other strategies.
+    Compares `comparable` runs of one corpus, batch size, capacity, accumulation and turn (`repeat`), then takes the mean over turns; empty without
+    padding or with fewer than three other strategies.
     """
-    rows, settings = [], ("corpus", "batch_size", "max_tokens", "gradient_accumulation", "world_size")
+    rows, settings = [], ["corpus", "batch_size", "max_tokens", "gradient_accumulation", "world_size"]
     runs = comparable(runs)
     names = list(dict.fromkeys(r["spec"]["strategy"] for r in runs))
     for name in names if len(names) > 3 else ():
         costs = _fit_time([r for r in runs if r["spec"]["strategy"] != name])
-        groups: dict[tuple, dict[str, list[tuple[float, float]]]] = {}
+        turns: dict[tuple, dict[str, list[tuple[float, float]]]] = {}
         for r in runs:
-            tokens, group = r["metrics"]["tokens_per_step"], groups.setdefault(tuple(r["spec"][key] for key in settings), {})
-            group.setdefault(r["spec"]["strategy"], []).append((tokens / undisturbed_step(r), tokens / costs(*time_features(r))))
-        for key, group in groups.items():
-            if name != "padding" and "padding" in group and name in group:
-                measured, predicted = np.mean(group[name], axis=0) / np.mean(group["padding"], axis=0)
-                rows.append((key[0], name, measured, predicted, predicted / measured - 1))
-    return pd.DataFrame(rows, columns=["corpus", "strategy", "measured", "predicted", "error"])
+            tokens, turn = r["metrics"]["tokens_per_step"], (*(r["spec"][key] for key in settings), r["spec"].get("repeat", 0))
+            rates = turns.setdefault(turn, {}).setdefault(r["spec"]["strategy"], [])
+            rates.append((tokens / undisturbed_step(r), tokens / costs(*time_features(r))))
+        for turn, rates in turns.items():
+            if name != "padding" and "padding" in rates and name in rates:
+                rows.append((*turn, name, *np.mean(rates[name], axis=0) / np.mean(rates["padding"], axis=0)))
+    table = pd.DataFrame(rows, columns=[*settings, "repeat", "strategy", "measured", "predicted"])
+    table = table.groupby([*settings, "strategy"], sort=False, as_index=False)[["measured", "predicted"]].mean()
+    return table[["corpus", "strategy", "measured", "predicted"]].assign(error=table["predicted"] / table["measured"] - 1)
