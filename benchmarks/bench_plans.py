@@ -14,8 +14,8 @@ import time
 
 import numpy as np
 
-from packlib.planners import best_fit_decreasing, first_fit_decreasing, histogram, next_fit
-from packlib.segments import count, pack_histogram
+from packlib.plans.planners import best_fit_decreasing, first_fit_decreasing, histogram, next_fit
+from packlib.plans.packing import count, pack_histogram
 
 CAPACITY = 4096
 

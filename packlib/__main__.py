@@ -1,40 +1,27 @@
-"""`python -m packlib reproduce | advise | isolation | strategies | tables`"""
+"""Every command line: `python -m packlib reproduce | advise | isolation | matrix | strategies | tables`.
+
+Nothing heavy is imported before a command runs, so that --help answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import json
 import logging
 import sys
 import warnings
-
-COMMANDS = {  # name: (module that has add_arguments(parser) and command(arguments) -> text, help)
-    "reproduce": ("packlib.lab.reproduce", "run a preset's notebooks through papermill, resuming where it stopped"),
-    "advise": ("packlib.lab.advice", "say whether packing will pay on a data set"),
-    "isolation": ("packlib.isolation_command", "say whether packed examples see each other in a model"),
-    "strategies": ("packlib.lab.strategies", "list the batching strategies"),
-    "tables": ("packlib.lab.readme", "write the tables of README.md from the published records"),
-}
+from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; what a command says goes to standard output, progress to standard error."""
-    parser = argparse.ArgumentParser(prog="python -m packlib", description="Padding versus packing: measure, plan, prove.")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="command")
-    name = next((a for a in (argv if argv is not None else sys.argv[1:]) if not a.startswith("-")), None)
-    modules = {}
-    for command, (module, text) in COMMANDS.items():
-        sub = commands.add_parser(command, help=text, description=text)
-        if command == name:  # the others' imports are not paid for
-            modules[command] = importlib.import_module(module)
-            modules[command].add_arguments(sub)
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("packlib").setLevel(logging.INFO)
     logging.getLogger("papermill").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        print(modules[arguments.name].command(arguments))
+        print(arguments.command(arguments))
     except KeyboardInterrupt:
         print("interrupted; every finished run has its record, call again to go on", file=sys.stderr)
         return 130
@@ -42,6 +29,122 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="python -m packlib", description="Padding versus packing: measure, plan, prove.")
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    def command(function, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(function.__name__.strip("_"), help=text, description=text)
+        sub.set_defaults(command=function)
+        return sub
+
+    add = command(_reproduce, "run a preset's notebooks through papermill, resuming where it stopped").add_argument
+    add("preset", nargs="?", default="cpu", help="a name in papermill_runs/presets (default: cpu)")
+    add("--output", help="run folder: a name under papermill_runs/ or a path (default: the preset's name)")
+    add("--only", nargs="+", metavar="NOTEBOOK", help="run these notebooks only, by name or number (06)")
+    add("--minutes", type=float, help="start no new training run after this many minutes; call again to go on")
+
+    add = command(_advise, "say whether packing will pay on a data set").add_argument
+    add("data", help="a built-in corpus, a JSON lines file (.jsonl, .jsonl.gz), or hub:org/name")
+    add("--tokenizer", default="bpe", help="bpe, a Hugging Face name or a folder (default: bpe, trained on the data)")
+    add("--model", help="a name in MODELS, a Hugging Face name or a folder (default: the model of the records)")
+    add("--batch-size", type=int, default=4, help="examples per mini-batch (default: 4)")
+    add("--max-tokens", type=int, default=4096, help="longest example, capacity of a row (default: 4096)")
+    add("--gradient-accumulation", type=int, default=1, help="micro-batches per optimiser step (default: 1)")
+    add("--world-size", type=int, default=1, help="ranks that train together (default: 1)")
+    add("--records", default="cpu", help="run folder to calibrate on (default: cpu; ignored where it has no records)")
+    add("--limit", type=int, help="look at a random subset of so many examples")
+    add("--json", action="store_true", help="print JSON")
+
+    add = command(_isolation, "say whether packed examples see each other in a model").add_argument
+    add("model", metavar="MODEL", help="Hub name, local path, or a model_type of transformers (built small)")
+    add("--attention", help="attn_implementation; flash_attention_2 runs without the flash-attn package")
+    add("--kernel", help="run on this kernel of packlib, through packlib_varlen; auto picks one")
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    add("--device", help="default: the GPU if there is one")
+    add("--json", action="store_true", help="print the whole report as JSON")
+    add("--strict", action="store_true", help="fail on a leak")
+
+    add = command(_matrix, "check isolation of every model type, attention and situation").add_argument
+    add("--models", nargs="+", help="model types of transformers (default: those of the published matrix)")
+    add("--folder", type=Path, help="where record and figure go (default: papermill_runs/isolation)")
+
+    command(_strategies, "list the batching strategies")
+
+    add = command(_tables, "write the tables of README.md from the published records").add_argument
+    add("--check", action="store_true", help="write nothing; fail if README.md is not what the records say")
+    return top
+
+
+def _reproduce(arguments: argparse.Namespace) -> str:
+    from packlib.lab import reproduce
+
+    folder = reproduce.reproduce(
+        arguments.preset, output=arguments.output, only=arguments.only, minutes=arguments.minutes
+    )
+    return f"{reproduce.headline(folder)}\n\nexecuted notebooks: {folder}\nreport:             {folder / 'report.md'}"
+
+
+def _advise(arguments: argparse.Namespace) -> str:
+    from dataclasses import asdict
+
+    from packlib.lab import records
+    from packlib.lab.advice import advise
+    from packlib.lab.corpora import load_corpus
+
+    corpus = load_corpus(arguments.data, tokenizer=arguments.tokenizer, limit=arguments.limit)
+    names = ("batch_size", "max_tokens", "gradient_accumulation", "world_size", "model")
+    options = {name: getattr(arguments, name) for name in names}
+    runs = records.read_records(records.run_folder(arguments.records, create=False))
+    advice = advise(corpus.lengths, runs=runs, **options)
+    if arguments.json:
+        head = {"corpus": corpus.name, "tokenizer": corpus.tokenizer_name}
+        return json.dumps(head | options | asdict(advice), indent=1)
+    return f"{corpus.name}, tokenizer {corpus.tokenizer_name}: {advice}"
+
+
+def _isolation(arguments: argparse.Namespace) -> str:
+    from contextlib import ExitStack
+
+    import torch
+
+    from packlib.attention import flash_stand_in, register_attention
+    from packlib.isolation import ContaminationError, check_isolation
+    from packlib.lab.small_models import load_model
+
+    register_attention()
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with ExitStack() as stack:
+        if arguments.attention == "flash_attention_2":
+            stack.enter_context(flash_stand_in())
+        dtype = getattr(torch, arguments.dtype)
+        model = load_model(arguments.model, arguments.attention, dtype).to(device)
+        report = check_isolation(model, kernel=arguments.kernel)
+    text = json.dumps(report.to_dict(), indent=1) if arguments.json else str(report)
+    if arguments.strict and report.verdict == "leak":
+        raise ContaminationError(text)
+    return text
+
+
+def _matrix(arguments: argparse.Namespace) -> str:
+    from packlib.lab.studies import isolation
+
+    return isolation.publish(arguments.models or isolation.MODELS, arguments.folder)
+
+
+def _strategies(arguments: argparse.Namespace) -> str:
+    from packlib.lab import strategies
+
+    return strategies.listing()
+
+
+def _tables(arguments: argparse.Namespace) -> str:
+    from packlib.lab import readme
+
+    return readme.update(check=arguments.check)
 
 
 if __name__ == "__main__":

@@ -98,9 +98,14 @@ class PaddingCollator:
         width = int(lengths.max())
         width += -width % (self.pad_to_multiple_of or 1)
         mask = np.arange(width) < lengths[:, None]
-        padded = {name: np.full(mask.shape, fill) for name, fill in (("input_ids", self.pad_token_id), ("labels", IGNORE_INDEX))}
+        padded = {
+            name: np.full(mask.shape, fill)
+            for name, fill in (("input_ids", self.pad_token_id), ("labels", IGNORE_INDEX))
+        }
         padded["input_ids"][mask], padded["labels"][mask] = tokens, labels
-        return {name: torch.from_numpy(array) for name, array in padded.items()} | {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        return {name: torch.from_numpy(array) for name, array in padded.items()} | {
+            "attention_mask": torch.from_numpy(mask.astype(np.int64))
+        }
 
 
 def _concatenate(features: Sequence[Feature]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -115,7 +120,9 @@ def _concatenate(features: Sequence[Feature]) -> tuple[np.ndarray, np.ndarray, n
         labels = tokens.copy()
     else:
         if not all(with_labels):
-            raise ValueError(f"features[{with_labels.index(False)}] has no labels but others have; give labels to all or to none")
+            raise ValueError(
+                f"features[{with_labels.index(False)}] has no labels but others have; give labels to all or to none"
+            )
         labels, label_lengths = _column(features, "labels")
         _same_lengths("labels", label_lengths, row_lengths)
     _refuse_masks(features, row_lengths)
@@ -150,7 +157,9 @@ def _column(features: Sequence[Feature], name: str) -> tuple[np.ndarray, np.ndar
 def _same_lengths(name: str, actual: np.ndarray, expected: np.ndarray) -> None:
     if (bad := np.flatnonzero(actual != expected)).size:
         i = int(bad[0])
-        raise ValueError(f"features[{i}][{name!r}] covers {actual[i]} tokens; expected {expected[i]}, the length of its input_ids")
+        raise ValueError(
+            f"features[{i}][{name!r}] covers {actual[i]} tokens; expected {expected[i]}, the length of its input_ids"
+        )
 
 
 def _refuse_masks(features: Sequence[Feature], row_lengths: np.ndarray) -> None:

@@ -13,7 +13,9 @@ from packlib.collators import IGNORE_INDEX
 WEIGHTINGS = ("per_token", "per_example")
 
 
-def token_weights(labels: Tensor, cu_seqlens: Tensor | None = None, weighting: str = "per_token") -> tuple[Tensor, Tensor]:
+def token_weights(
+    labels: Tensor, cu_seqlens: Tensor | None = None, weighting: str = "per_token"
+) -> tuple[Tensor, Tensor]:
     """Weight of each label, and how much this batch adds to the denominator of the step.
 
     Args:

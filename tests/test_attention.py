@@ -15,7 +15,7 @@ import packlib.attention as attention
 from packlib import flex, kernels
 from packlib.attention import KERNELS, flash_stand_in, kernel_table, register_attention, resolve_kernel, varlen_attention
 from packlib.collators import FlatteningCollator, PaddingCollator
-from packlib.small_models import small_config, small_model
+from packlib.lab.small_models import small_config, small_model
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CASES = [("cpu", "sdpa", torch.float32), ("cpu", "sdpa", torch.bfloat16), ("cpu", "flex", torch.float32), ("cpu", "reference", torch.float32)]

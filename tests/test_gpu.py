@@ -12,7 +12,7 @@ from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.isolation import check_isolation
 from packlib.lab.models import fuse_layers
 from packlib.losses import token_weights, weighted_loss
-from packlib.small_models import small_config, small_model
+from packlib.lab.small_models import small_config, small_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 KERNELS = ["torch_varlen", "flex"]

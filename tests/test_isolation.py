@@ -10,8 +10,8 @@ from packlib import isolation_command
 from packlib.attention import flash_stand_in, register_attention
 from packlib.isolation import ContaminationError, check_equivalence, check_isolation
 from packlib.lab import isolation_matrix
-from packlib.probe import packed_batch
-from packlib.small_models import small_model
+from packlib.isolation.probe import packed_batch
+from packlib.lab.small_models import small_model
 
 ISOLATED = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi", "phi3", "granite", "olmo2", "starcoder2",

@@ -5,7 +5,7 @@ import torch
 
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.losses import token_weights, weighted_loss
-from packlib.small_models import small_model
+from packlib.lab.small_models import small_model
 
 LENGTHS = (9, 2, 14, 5, 7, 3)
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packlib import planners
-from packlib.planners import CostModel
+from packlib.plans.planners import CostModel
 
 # name -> (lengths, capacity, seed) -> plan; every planner, with the layout whose slots its rows must keep within the capacity
 PACKERS = {

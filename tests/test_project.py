@@ -21,9 +21,9 @@ from packaging.version import Version
 
 from packlib.__main__ import COMMANDS
 from packlib.lab import convergence, readme, records, reproduce
-from packlib.lab.experiment import RunSpec
+from packlib.lab.spec import RunSpec
 from packlib.lab.tokenizers import train_bpe
-from packlib.small_models import small_model
+from packlib.lab.small_models import small_model
 
 ROOT = records.project_root()
 README = (ROOT / "README.md").read_text()

@@ -5,18 +5,15 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from packlib.lab import records
-from packlib.lab.costs import Costs, calibrate, comparable
+from packlib.lab.costs import Calibration, calibrate, comparable
 from packlib.lab.strategies import STRATEGIES, Strategy, plan_for
+from packlib.plans import CostModel, Plan, PlanReport
 
 CAPACITIES = 2 ** np.arange(7, 18)
 WORTH = 1.05  # a speed-up below this is not worth a change
@@ -57,35 +54,66 @@ class Advice:
         head = f"{d['examples']:,} examples, {d['tokens']:,} tokens; {quantiles}"
         lost = "   ".join(f"{capacity:,}: {share:.1%}" for capacity, share in self.lost_by_capacity.items())
         lines = [head, "", *text_histogram(d["histogram"]), "", f"tokens lost by truncating at   {lost}", ""]
-        lines.append(f"{'strategy':34}{'rows':>9}{'steps':>8}{'ex./step':>9}{'waste':>7}{'fill':>7}{'cut':>7}{'speed-up':>15}{'peak GB':>14}")
+        numbers = f"{'rows':>9}{'steps':>8}{'ex./step':>9}{'waste':>7}{'fill':>7}{'cut':>7}"
+        lines.append(f"{'strategy':34}{numbers}{'speed-up':>15}{'peak GB':>14}")
         for p in self.strategies:
             fill = "" if p.capacity_fill is None else f"{p.capacity_fill:.3f}"
-            speed, peak = _plus_minus(p.speed_up, p.speed_up_error), _plus_minus(p.peak_memory_bytes / 1e9, p.peak_memory_error)
-            lines.append(
-                f"{p.label:34}{p.rows:9,}{p.optimizer_steps:8,}{p.examples_per_step:9.1f}{p.waste:7.2f}{fill:>7}{p.broken_examples:7,}{speed:>15}{peak:>14}"
-            )
+            numbers = f"{p.rows:9,}{p.optimizer_steps:8,}{p.examples_per_step:9.1f}{p.waste:7.2f}{fill:>7}{p.broken_examples:7,}"
+            speed = _plus_minus(p.speed_up, p.speed_up_error)
+            peak = _plus_minus(p.peak_memory_bytes / 1e9, p.peak_memory_error)
+            lines.append(f"{p.label:34}{numbers}{speed:>15}{peak:>14}")
         return "\n".join([*lines, "", *(f"- {note}" for note in self.notes), "", self.recommendation])
 
 
 def advise(
-    lengths: Sequence[int] | np.ndarray, *, batch_size: int = 4, max_tokens: int = 4096, gradient_accumulation: int = 1, world_size: int = 1,
-    model: str | None = None, runs: Sequence[Mapping[str, Any]] = (), seed: int = 0,
-) -> Advice:  # fmt: skip
-    """Advice for examples of these lengths (tokens, integers [examples]); longer ones than `max_tokens` count as truncated.
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    batch_size: int = 4,
+    max_tokens: int = 4096,
+    gradient_accumulation: int = 1,
+    world_size: int = 1,
+    model: str | None = None,
+    runs: Sequence[Mapping[str, Any]] = (),
+    seed: int = 0,
+) -> Advice:
+    """Advice for examples of these lengths (tokens, integers [examples]); what is above `max_tokens` counts as truncated.
 
-    batch_size: examples per mini-batch, or rows of max_tokens, as in `RunSpec`. model: a name that `build_model` takes; default: that of the
-    records, else mistral-7b. runs: records (`records.read_records`) to calibrate on. Raises `ValueError` as the planners do.
+    batch_size: examples per mini-batch, or rows of max_tokens, as in `RunSpec`. model: a name that `build_model` takes;
+    default: that of the records, else mistral-7b. runs: records (`records.read_records`) to calibrate on. Raises
+    `ValueError` as the planners do.
     """
     full = np.asarray(lengths)
     kept = np.minimum(full, max_tokens) if full.dtype.kind in "iu" else full
     chosen = comparable(runs, model)
     model = model or (chosen[0]["spec"]["model"] if chosen else "mistral-7b")
     time, memory = calibrate(chosen, model)
-    rated: list[tuple[Prediction, float]] = []
+    rated: list[tuple[Strategy, _Epoch]] = []
     for strategy in STRATEGIES.values():
         if strategy.trl is None and not (strategy.name == "dynapipe" and len(full) > MANY):
-            rated.append(_predict(strategy, kept, batch_size, max_tokens, gradient_accumulation, world_size, seed, time, memory, rated[:1]))
-    found = [prediction for prediction, _ in rated]
+            plan = plan_for(strategy, kept, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
+            if world_size > 1:
+                plan = plan.balance(world_size)
+            per_batch = strategy.rows_per_batch(batch_size)
+            rated.append((strategy, _epoch(plan, strategy, kept, per_batch, world_size, time.cost)))
+    padding = rated[0][1]
+    found = []
+    for strategy, epoch in rated:
+        report, steps = epoch.report, -(-epoch.micro_batches // gradient_accumulation)
+        prediction = Prediction(
+            strategy=strategy.name,
+            label=strategy.label,
+            rows=report.rows,
+            optimizer_steps=steps,
+            examples_per_step=report.examples / steps,
+            waste=report.waste,
+            capacity_fill=report.capacity_fill,
+            broken_examples=report.broken_examples,
+            speed_up=epoch.tokens_per_cost / padding.tokens_per_cost,
+            speed_up_error=0.0 if epoch is padding else time.error,
+            peak_memory_bytes=float(memory.cost(epoch.largest_batch, pairs=0.0)),
+            peak_memory_error=memory.error,
+        )
+        found.append(prediction)
     notes = _notes(found, full, max_tokens, model, chosen, time, world_size)
     return Advice(describe(full), lost_by_capacity(full), found, notes, _recommend(found))
 
@@ -96,14 +124,27 @@ def describe(lengths: np.ndarray) -> dict[str, Any]:
     examples, _ = np.histogram(lengths, edges)
     tokens, _ = np.histogram(lengths, edges, weights=lengths / lengths.sum())
     p50, p90, p99 = np.percentile(lengths, (50, 90, 99))
-    facts = {"examples": len(lengths), "tokens": int(lengths.sum()), "mean": float(lengths.mean()), "p50": p50, "p90": p90, "p99": p99}
-    return facts | {"longest": int(lengths.max()), "histogram": list(zip((edges[1:] - 1).tolist(), examples.tolist(), tokens.tolist()))}
+    facts = {
+        "examples": len(lengths),
+        "tokens": int(lengths.sum()),
+        "mean": float(lengths.mean()),
+        "p50": p50,
+        "p90": p90,
+        "p99": p99,
+    }
+    return facts | {
+        "longest": int(lengths.max()),
+        "histogram": list(zip((edges[1:] - 1).tolist(), examples.tolist(), tokens.tolist())),
+    }
 
 
 def text_histogram(histogram: Sequence[tuple[int, int, float]], width: int = 50) -> list[str]:
     """One line a bin: `≤ 128 tokens ██████ 1,234 examples, 12 % of the tokens`."""
     most = max(examples for _, examples, _ in histogram)
-    return [f"≤{top:>7,} tokens {'█' * round(width * n / most):{width}} {n:>9,} examples {share:>6.1%} of the tokens" for top, n, share in histogram]
+    return [
+        f"≤{top:>7,} tokens {'█' * round(width * n / most):{width}} {n:>9,} examples {share:>6.1%} of the tokens"
+        for top, n, share in histogram
+    ]
 
 
 def lost_by_capacity(lengths: np.ndarray) -> dict[int, float]:
@@ -113,33 +154,43 @@ def lost_by_capacity(lengths: np.ndarray) -> dict[int, float]:
     return {c: share for c, share in shares.items() if c <= first and (share < 0.9 or c == first)}
 
 
-def _predict(
-    strategy: Strategy, lengths: np.ndarray, batch_size: int, max_tokens: int, accumulation: int, world_size: int, seed: int,
-    time: Costs, memory: Costs, padding: Sequence[tuple[Prediction, float]],
-) -> tuple[Prediction, float]:  # fmt: skip
-    """The prediction and its real tokens per unit of time; `padding` is that of the baseline, once it is there."""
-    plan = plan_for(strategy, lengths, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
-    plan = plan.balance(world_size) if world_size > 1 else plan
-    report = plan.report(lengths, strategy.layout)
+@dataclass(frozen=True)
+class _Epoch:
+    """One strategy's epoch: its plan's report, real tokens per unit of cost, micro-batches on a rank, slots of the largest."""
+
+    report: PlanReport
+    tokens_per_cost: float
+    micro_batches: int
+    largest_batch: int
+
+
+def _epoch(
+    plan: Plan, strategy: Strategy, lengths: np.ndarray, rows_per_batch: int, world_size: int, cost: CostModel
+) -> _Epoch:
+    # 1. Slots, labelled slots and pairs of every row, then of every micro-batch.
     slots, pairs = plan.row_lengths, plan.row_lengths**2 if strategy.contaminated else plan.row_costs()
     labelled = slots - plan.row_examples
     if strategy.layout == "padded":
-        slots = np.maximum.reduceat(plan.stop - plan.start, plan.row_splits[:-1]).astype(np.int64) * plan.row_examples
-    batches = np.arange(0, len(plan), strategy.rows_per_batch(batch_size))
+        longest = np.maximum.reduceat(plan.stop - plan.start, plan.row_splits[:-1])
+        slots = longest.astype(np.int64) * plan.row_examples
+    batches = np.arange(0, len(plan), rows_per_batch)
     slots, labelled, pairs = (np.add.reduceat(x, batches) for x in (slots, labelled, pairs))
-    seconds = np.pad(time(slots, labelled, pairs), (0, -len(slots) % world_size)).reshape(-1, world_size)
-    rate = report.real_tokens / seconds.max(axis=1).sum()  # ranks wait for the slowest
-    steps = -(-len(seconds) // accumulation)
-    peak = float(memory(slots.max(), 0.0, 0.0))
-    prediction = Prediction(
-        strategy.name, strategy.label, report.rows, steps, report.examples / steps, report.waste, report.capacity_fill, report.broken_examples,
-        rate / padding[0][1] if padding else 1.0, time.error if padding else 0.0, peak, memory.error,
-    )  # fmt: skip
-    return prediction, rate
+    # 2. Ranks take turns and wait for the slowest.
+    costs = cost(slots, labelled=labelled, pairs=pairs)
+    by_step = np.pad(costs, (0, -len(costs) % world_size)).reshape(-1, world_size)
+    report = plan.report(lengths, strategy.layout)
+    rate = report.real_tokens / by_step.max(axis=1).sum()
+    return _Epoch(report, rate, len(by_step), int(slots.max()))
 
 
 def _notes(
-    found: Sequence[Prediction], lengths: np.ndarray, max_tokens: int, model: str, runs: Sequence[Mapping[str, Any]], time: Costs, world_size: int
+    found: Sequence[Prediction],
+    lengths: np.ndarray,
+    max_tokens: int,
+    model: str,
+    runs: Sequence[Mapping[str, Any]],
+    time: Calibration,
+    world_size: int,
 ) -> list[str]:
     notes, padding = [], found[0]
     if over := int((lengths > max_tokens).sum()):
@@ -155,7 +206,9 @@ def _notes(
             f"changes no step."
         )
     if broken := [p.label for p in found if p.broken_examples]:
-        notes.append(f"{' and '.join(broken)} cut examples in two; without PosID neighbours also see each other, which costs quality.")
+        notes.append(
+            f"{' and '.join(broken)} cut examples in two; without PosID neighbours also see each other, which costs quality."
+        )
     if time.error is None:
         notes.append(
             f"No records to calibrate on: speed-ups are ratios of {model}'s FLOPs, without fixed costs, and their error is unknown. "
@@ -163,7 +216,9 @@ def _notes(
         )
         return notes
     measured, device = runs[0]["spec"]["model"], runs[0]["environment"]["device"]
-    notes.append(f"Calibrated on {time.runs} runs of {measured} on {device}; ± is the largest error when a strategy is predicted from the others.")
+    notes.append(
+        f"Calibrated on {time.runs} runs of {measured} on {device}; ± is the largest error when a strategy is predicted from the others."
+    )
     beyond = []
     if measured != model:
         beyond.append(f"{model} was not measured, its costs are scaled by FLOPs and its memory comes from a formula")
@@ -181,7 +236,9 @@ def _notes(
 
 def _recommend(found: Sequence[Prediction]) -> str:
     by_name = {p.strategy: p for p in found}
-    padding, grouped, packed, multi = (by_name[n] for n in ("padding", "group_by_length", "minibatch_packing", "multipack_posid"))
+    padding, grouped, packed, multi = (
+        by_name[n] for n in ("padding", "group_by_length", "minibatch_packing", "multipack_posid")
+    )
     error = packed.speed_up_error or 0.0
     waste = f"padding spends {padding.waste:.2f} slots on a token"
     if max(packed.speed_up, multi.speed_up) < WORTH:
@@ -203,36 +260,10 @@ def _recommend(found: Sequence[Prediction]) -> str:
 
 
 def _plus_minus(value: float, error: float | None) -> str:
-    return f"{value:.2f} ± ?" if error is None else f"{value:.2f} ± {value * error:.2f}" if error else f"{value:.2f}       "
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `python -m packlib advise`."""
-    parser.add_argument("data", help="a built-in corpus, a JSON lines file (.jsonl, .jsonl.gz), or hub:org/name")
-    parser.add_argument("--tokenizer", default="bpe", help="bpe, a Hugging Face name or a folder (default: bpe, trained on the data)")
-    parser.add_argument("--model", help="a name in MODELS, a Hugging Face name or a folder (default: the model of the records)")
-    parser.add_argument("--batch-size", type=int, default=4, help="examples per mini-batch (default: 4)")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="longest example, capacity of a row (default: 4096)")
-    parser.add_argument("--gradient-accumulation", type=int, default=1, help="micro-batches per optimiser step (default: 1)")
-    parser.add_argument("--world-size", type=int, default=1, help="ranks that train together (default: 1)")
-    parser.add_argument("--records", default="cpu", help="run folder to calibrate on (default: cpu; ignored where it has no records)")
-    parser.add_argument("--limit", type=int, help="look at a random subset of so many examples")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def command(arguments: argparse.Namespace) -> str:
-    """The advice as text, or as JSON with --json."""
-    from packlib.lab.corpora import load_corpus
-
-    corpus = load_corpus(arguments.data, tokenizer=arguments.tokenizer, limit=arguments.limit)
-    options = {name: getattr(arguments, name) for name in ("batch_size", "max_tokens", "gradient_accumulation", "world_size", "model")}
-    advice = advise(corpus.lengths, runs=read_runs(arguments.records), **options)
-    if arguments.json:
-        return json.dumps({"corpus": corpus.name, "tokenizer": corpus.tokenizer_name} | options | asdict(advice), indent=1)
-    return f"{corpus.name}, tokenizer {corpus.tokenizer_name}: {advice}"
-
-
-def read_runs(run: str | Path) -> list[dict[str, Any]]:
-    """Records of a run folder (a bare name lies under papermill_runs/); none where there is no such folder."""
-    folder = Path(run) if len(Path(run).parts) > 1 else records.project_root() / "papermill_runs" / run
-    return records.read_records(folder) if (folder / "records").is_dir() else []
+    return (
+        f"{value:.2f} ± ?"
+        if error is None
+        else f"{value:.2f} ± {value * error:.2f}"
+        if error
+        else f"{value:.2f}       "
+    )

@@ -1,4 +1,4 @@
-"""What a run is measured with: a collator that counts, a callback that marks steps, and the peak of memory."""
+"""What a run is measured with: a collator that counts, a callback that marks steps, the peak of memory, the ceiling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from packlib.collators import IGNORE_INDEX
-from packlib.lab.experiment import RunSpec
+from packlib.lab.spec import RunSpec
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 COUNTS = ("slots", "tokens", "loss_tokens", "examples")  # tokens: real ones
@@ -33,7 +33,9 @@ class Counter:
         ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
         if mask is not None:
             sequences = len(ids)
-        elif all(f.get("seq_lengths") is not None for f in features):  # a contaminated row has one position 0 for all of its examples
+        elif all(
+            f.get("seq_lengths") is not None for f in features
+        ):  # a contaminated row has one position 0 for all of its examples
             sequences = sum(len(np.atleast_1d(f["seq_lengths"])) for f in features)
         else:
             sequences = int((positions == 0).sum())
@@ -49,7 +51,9 @@ class Counter:
         counts, index = np.array(self.batches, dtype=np.int64), np.arange(len(self.batches))
         starts = np.flatnonzero(index % per_epoch % accumulation == 0)
         stops = np.append(starts[1:], len(counts))[: len(ends)]
-        stops[-1] = min(stops[-1], starts[len(stops) - 1] + accumulation)  # what was collated ahead was never trained on
+        stops[-1] = min(
+            stops[-1], starts[len(stops) - 1] + accumulation
+        )  # what was collated ahead was never trained on
         steps = np.diff(np.vstack([np.zeros(len(COUNTS), dtype=np.int64), counts.cumsum(axis=0)[stops - 1]]), axis=0)
         if torch.distributed.is_initialized():
             total = torch.from_numpy(steps).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,7 +65,9 @@ class Counter:
 class StepClock(TrainerCallback):
     """Marks the begin and end of every optimiser step, reports progress, evaluates between steps."""
 
-    def __init__(self, spec: RunSpec, device: torch.device, progress: Callable[[str], None], evaluate: Callable[[], dict] | None) -> None:
+    def __init__(
+        self, spec: RunSpec, device: torch.device, progress: Callable[[str], None], evaluate: Callable[[], dict] | None
+    ) -> None:
         self.spec, self.device, self.progress, self.evaluate = spec, device, progress, evaluate
         self.begins: list[Any] = []
         self.ends: list[Any] = []
@@ -143,15 +149,37 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square matrix product on random data: the best of five after a warm-up."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    best = float("inf")
+    for _ in range(5):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
 def _peak_memory(device: torch.device) -> dict[str, int | None]:
     if device.type == "cuda":
-        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_reserved_bytes": torch.cuda.max_memory_reserved()}
+        return {
+            "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
     return {"peak_memory_bytes": _peak_rss(), "peak_reserved_bytes": None}
 
 
 def _reset_peak_rss() -> None:
     gc.collect()
-    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then the process's own, model building included
+    with contextlib.suppress(
+        OSError
+    ):  # not Linux, or not allowed: the peak is then the process's own, model building included
         Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -11,22 +11,28 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import io
 import json
+import os
 import sys
 import sysconfig
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
+from packlib.atomic import atomic_write
+from packlib.collators import IGNORE_INDEX
 from packlib.lab import tokenizers
+from packlib.plans import packing
+from packlib.plans.lengths import Overflow
 
-IGNORE_INDEX = -100
+DATA = "PACKLIB_DATA"  # folder of corpora, tokenizers and models that specs name without their path
 EVAL_SHARE = 16  # one example in 16, chosen by its own hash, is for evaluation
 HUB_EXAMPLES = 20_000  # the paper's subsets
 FORMAT = 1  # part of the cache key: raise it when a builder at the end of this file changes
@@ -39,6 +45,7 @@ class Corpus:
 
     dataset: arrow-backed `input_ids` and `labels`, lists of int32; labels are -100 where no loss is wanted.
     loss_tokens: predicted positions (never an example's first one). sha256: of ids, labels and lengths.
+    lost_tokens: what `fit` cut off.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Corpus:
     eos_token_id: int
     pad_token_id: int
     sha256: str
+    lost_tokens: int = 0
 
     @classmethod
     def from_arrays(cls, input_ids: np.ndarray, labels: np.ndarray, lengths: np.ndarray, **metadata: Any) -> "Corpus":
@@ -82,6 +90,22 @@ class Corpus:
         flat = (self._flat(key)[kept] for key in ("input_ids", "labels"))
         return Corpus.from_arrays(*flat, self.lengths[examples], **metadata)
 
+    def fit(self, max_tokens: int, overflow: Overflow) -> "Corpus":
+        """The corpus with no example above `max_tokens`, so that every strategy sees the same data; counts `lost_tokens`.
+
+        overflow: `error` names the first overlong example, `truncate` keeps its first `max_tokens` tokens, `split`
+        makes several examples of it and loses nothing. Raises `ValueError`.
+        """
+        segments = packing.fit(self.lengths.astype(np.int32), max_tokens, overflow)
+        example, start, stop = packing.gather(segments, np.arange(len(packing.sizes(segments))))
+        lengths = stop.astype(np.int64) - start
+        offsets, ends = np.cumsum(self.lengths) - self.lengths, np.cumsum(lengths)
+        token = np.arange(ends[-1]) + np.repeat(offsets[example] + start - (ends - lengths), lengths)
+        flat = (self._flat(name)[token] for name in ("input_ids", "labels"))
+        metadata = {key: getattr(self, key) for key in METADATA}
+        fitted = Corpus.from_arrays(*flat, lengths, **metadata)
+        return dataclasses.replace(fitted, lost_tokens=int(self.lengths.sum() - lengths.sum()))
+
     def save(self, path: str | Path) -> None:
         """Write tokens, lengths and metadata (no text) as `.npz`, for hosts without network; fills in `{split}`."""
         metadata = json.dumps({key: getattr(self, key) for key in (*METADATA, "sha256")})
@@ -100,16 +124,33 @@ class Corpus:
         return corpus
 
 
+def located(name: str) -> str:
+    """The name or path of a corpus, tokenizer or model; files may lie in `$PACKLIB_DATA`, so that a spec names no path."""
+    folder = os.environ.get(DATA)
+    if not folder or name.startswith("hub:"):
+        return name
+    inside = Path(folder, name)
+    return str(inside) if inside.exists() or Path(str(inside).replace("{split}", "train")).exists() else name
+
+
 def load_corpus(
-    name: str, *, split: str = "train", tokenizer: str = "bpe", loss: str = "full", limit: int | None = None,
+    name: str,
+    *,
+    split: str = "train",
+    tokenizer: str = "bpe",
+    loss: str = "full",
+    limit: int | None = None,
     seed: int = 0,
-) -> Corpus:  # fmt: skip
+    max_tokens: int | None = None,
+    overflow: Overflow = "error",
+) -> Corpus:
     """Tokenized examples of a corpus, in the order of the corpus.
 
-    name: one of `CORPORA`, `hub:ORG/NAME`, or a path: JSON lines (`.jsonl`, `.jsonl.gz`) or `.npz` from `Corpus.save`.
-    A path may contain `{split}`; JSON lines without it are split by each example's hash, so that train and eval stay
-    disjoint whatever `limit` is. tokenizer: `bpe` or `bpe:SIZE` (trained on the train split), `mistral`, a Hugging Face
-    name, a folder or a .gguf path. loss: `full`, or `response` (prompts labelled -100). limit: size of a seeded subset.
+    name: one of `CORPORA`, `hub:ORG/NAME`, or a path: JSON lines (`.jsonl`, `.jsonl.gz`) or `.npz` from `Corpus.save`;
+    files may lie in the folder `$PACKLIB_DATA`. A path may contain `{split}`; JSON lines without it are split by each
+    example's hash, so that train and eval stay disjoint whatever `limit` is. tokenizer: `bpe` or `bpe:SIZE` (trained on
+    the train split), `mistral`, a Hugging Face name, a folder or a .gguf path. loss: `full`, or `response` (prompts
+    labelled -100). limit: size of a seeded subset. max_tokens, overflow: as in `Corpus.fit`.
     Raises ValueError (unknown name or option, broken line, empty example, nothing left) and FileNotFoundError.
     """
     for key, value, known in (("split", split, ("train", "eval")), ("loss", loss, ("full", "response"))):
@@ -117,25 +158,67 @@ def load_corpus(
             raise ValueError(f"{key} = {value!r}; expected one of {', '.join(known)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}; expected at least 1, or None for every example")
+    name, tokenizer = located(name), located(tokenizer)
+    corpus = (
+        _load_saved(name, split) if name.endswith(".npz") else _tokenized(name, split, tokenizer, loss, limit, seed)
+    )
+    if limit is not None and len(corpus.lengths) > limit:
+        corpus = corpus.subset(_seeded_subset(len(corpus.lengths), limit, seed))
+    return corpus if max_tokens is None else corpus.fit(max_tokens, overflow)
 
-    def keep(count: int) -> np.ndarray:
-        return np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(count)[:limit])
 
-    if name.endswith(".npz"):
-        corpus = Corpus.load(name.replace("{split}", split))
-        if corpus.split != split:
-            raise ValueError(f"{name} holds the split {corpus.split}, not {split}")
-        return corpus if limit is None else corpus.subset(keep(len(corpus.lengths)))
+def _seeded_subset(count: int, limit: int | None, seed: int) -> np.ndarray:
+    """Sorted indices of `limit` of `count` examples (None: all)."""
+    return np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(count)[:limit])
+
+
+def _load_saved(name: str, split: str) -> Corpus:
+    corpus = Corpus.load(name.replace("{split}", split))
+    if corpus.split != split:
+        raise ValueError(f"{name} holds the split {corpus.split}, not {split}")
+    return corpus
+
+
+def _tokenized(name: str, split: str, tokenizer: str, loss: str, limit: int | None, seed: int) -> Corpus:
     rows = _rows(name, split)
     if not rows:
         raise ValueError(f"corpus {name!r} has no examples left in split {split!r}")
     tok = load_tokenizer(tokenizer, name)
-    ids, trained, lengths = tokenizers.tokenize([_pieces(rows[i], tok) for i in keep(len(rows))], tok)
+    chosen = _seeded_subset(len(rows), limit, seed)
+    ids, trained, lengths = tokenizers.tokenize([_pieces(rows[i], tok) for i in chosen], tok)
     labels = ids if loss == "full" else np.where(trained, ids, IGNORE_INDEX)
     short = Path(name.replace("_{split}", "")).name.split(".jsonl")[0] if ".jsonl" in name else name
     called = Path(tokenizer).name if Path(tokenizer).exists() else tokenizer  # no folder of this machine in records
     facts = (short, split, called, len(tok), tok.eos_token_id, tok.pad_token_id)
     return Corpus.from_arrays(ids, labels, lengths, **dict(zip(METADATA, facts, strict=True)))
+
+
+def content_sha256(name: str, tokenizer: str = "bpe") -> str | None:
+    """Hash of what a corpus is made of: text or tokens of both splits, and the files of a local tokenizer.
+
+    An edited file has another hash, wherever it lies and whatever it is called. None where the data are not here: a
+    file that is missing, a Hub data set that was never read and cannot be reached.
+    """
+    digest = hashlib.sha256()
+    name, folder = located(name), Path(located(tokenizer))
+    try:
+        for split in ("train", "eval") if "{split}" in name else ("",):
+            digest.update(_content(name, split).encode())
+    except (OSError, datasets.exceptions.DatasetNotFoundError):
+        return None
+    if folder.is_dir() and not name.endswith(".npz"):
+        for path in sorted(folder.glob("*token*.json")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _content(name: str, split: str) -> str:
+    path = Path(name.replace("{split}", split))
+    if name.endswith(".npz"):
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["metadata"]))["sha256"]
+    with _open(_text_file(name, split)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_tokenizer(name: str = "bpe", corpus: str | None = None) -> Any:
@@ -168,17 +251,28 @@ def _pieces(row: dict[str, Any], tokenizer: Any = None) -> list[tuple[str, bool]
 
 
 def _rows(name: str, split: str) -> list[dict[str, Any]]:
-    path = Path(name.replace("{split}", split))
-    if name in CORPORA or name.startswith("hub:"):
-        key = hashlib.sha256(f"{name} {sys.version} {FORMAT}".encode()).hexdigest()[:12]
-        path = tokenizers.cache_folder() / f"{name.replace(':', '-').replace('/', '-')}-{key}.jsonl"
-        if not path.exists():
-            build = CORPORA.get(name) or functools.partial(_hub, name.removeprefix("hub:"))
-            lines = dict.fromkeys(json.dumps(row) + "\n" for row in build())  # each example once
-            tokenizers.write_atomically(path, "".join(lines))
-    elif not name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"unknown corpus {name!r}; known: {', '.join(CORPORA)}, hub:ORG/NAME, .jsonl, .jsonl.gz, .npz")
-    return [row for row in _read(path) if "{split}" in name or _in_eval(row) == (split == "eval")]
+    return [row for row in _read(_text_file(name, split)) if "{split}" in name or _in_eval(row) == (split == "eval")]
+
+
+def _text_file(name: str, split: str) -> Path:
+    """The JSON lines of a corpus; those of built-in and Hub corpora are made once and kept in the cache."""
+    if name not in CORPORA and not name.startswith("hub:"):
+        if not name.endswith((".jsonl", ".jsonl.gz")):
+            known = ", ".join(CORPORA)
+            raise ValueError(f"unknown corpus {name!r}; known: {known}, hub:ORG/NAME, .jsonl, .jsonl.gz, .npz")
+        return Path(name.replace("{split}", split))
+    key = hashlib.sha256(f"{name} {sys.version} {FORMAT}".encode()).hexdigest()[:12]
+    path = tokenizers.cache_folder() / f"{name.replace(':', '-').replace('/', '-')}-{key}.jsonl"
+    if not path.exists():
+        build = CORPORA.get(name) or functools.partial(_hub, name.removeprefix("hub:"))
+        lines = dict.fromkeys(json.dumps(row) + "\n" for row in build())  # each example once
+        with atomic_write(path) as file:
+            file.writelines(lines)
+    return path
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 def _in_eval(row: dict[str, Any]) -> bool:
@@ -187,8 +281,8 @@ def _in_eval(row: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with _open(path) as file:
+        for number, line in enumerate(io.TextIOWrapper(file, encoding="utf-8"), 1):
             if line.strip():
                 try:
                     row = json.loads(line)

@@ -34,7 +34,9 @@ def evaluate(model: PreTrainedModel, corpus: Corpus, *, max_slots: int = 8192) -
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none")
+        loss = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
+        )
         sums.append(loss.double().sum(1).cpu())
         counts.append((labels != IGNORE_INDEX).sum(1).cpu())
     model.train(training)
@@ -59,7 +61,9 @@ def _batches(lengths: np.ndarray, max_slots: int) -> list[np.ndarray]:
 
 
 @torch.no_grad()
-def exact_match(model: PreTrainedModel, corpus: Corpus, tokenizer: Any, *, max_new_tokens: int = 256, batch_size: int = 64) -> dict[str, float]:
+def exact_match(
+    model: PreTrainedModel, corpus: Corpus, tokenizer: Any, *, max_new_tokens: int = 256, batch_size: int = 64
+) -> dict[str, float]:
     """Share of examples whose generated answer ends in the same number as the reference (greedy decoding, prompts padded on the left).
 
     `corpus` must be tokenized with `loss="response"`: the prompt is what has no loss. Returns `exact_match` in [0, 1] and `generated_examples`.
@@ -72,7 +76,9 @@ def exact_match(model: PreTrainedModel, corpus: Corpus, tokenizer: Any, *, max_n
     for i, example in enumerate(corpus.dataset):
         cut = int(np.argmax(np.asarray(example["labels"]) != IGNORE_INDEX))
         if not cut:
-            raise ValueError(f'example {i} of {corpus.name} has loss from its first token on; expected a corpus tokenized with loss="response"')
+            raise ValueError(
+                f'example {i} of {corpus.name} has loss from its first token on; expected a corpus tokenized with loss="response"'
+            )
         prompts.append(example["input_ids"][:cut])
         answers.append(tokenizer.decode(example["input_ids"][cut:], skip_special_tokens=True))
     right = 0
@@ -86,7 +92,9 @@ def exact_match(model: PreTrainedModel, corpus: Corpus, tokenizer: Any, *, max_n
             eos_token_id=corpus.eos_token_id, pad_token_id=corpus.pad_token_id,
         )  # fmt: skip
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-        right += sum(final_number(t) is not None and final_number(t) == final_number(a) for t, a in zip(texts, answers[first:]))
+        right += sum(
+            final_number(t) is not None and final_number(t) == final_number(a) for t, a in zip(texts, answers[first:])
+        )
     model.train(training)
     model.config.use_cache = use_cache
     model.set_attn_implementation(attention)

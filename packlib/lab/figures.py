@@ -58,7 +58,9 @@ def show(figure: Figure, name: str | None = None, folder: Path | None = None) ->
     full, buffer = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", dpi=DPI)
     plt.close(figure)
-    PIL.Image.open(full).convert("RGB").quantize(256).save(buffer, format="png", optimize=True)  # a third of the size: notebooks stay small
+    PIL.Image.open(full).convert("RGB").quantize(256).save(
+        buffer, format="png", optimize=True
+    )  # a third of the size: notebooks stay small
     if name and folder:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         (folder / "figures" / f"{name}.png").write_bytes(buffer.getvalue())
@@ -81,7 +83,12 @@ def head(figure: Figure, title: str) -> Figure:
 
 def attention_pictures(lengths: Sequence[int], weights: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
     """Who attends to whom: one square of attention weights ([T, T], rows = queries) per title, segment borders drawn. White: no attention at all."""
-    figure, axes = new(4.9 * len(titles) + 0.8, 5.0, f"Attention weights, {' beside '.join(titles)}; examples of {list(lengths)} tokens", len(titles))
+    figure, axes = new(
+        4.9 * len(titles) + 0.8,
+        5.0,
+        f"Attention weights, {' beside '.join(titles)}; examples of {list(lengths)} tokens",
+        len(titles),
+    )
     edges = np.cumsum([0, *lengths])
     centres, letters = (edges[:-1] + edges[1:] - 1) / 2, [chr(65 + i) for i in range(len(lengths))]
     for ax, weight, title in zip(axes, weights, titles):
@@ -90,7 +97,9 @@ def attention_pictures(lengths: Sequence[int], weights: Sequence[np.ndarray], ti
             ax.axhline(edge - 0.5, color="black", linewidth=1)
             ax.axvline(edge - 0.5, color="black", linewidth=1)
         ax.set_title(title, fontsize=12)
-        ax.set(xlabel="key: token of example …", xticks=centres, xticklabels=letters, yticks=centres, yticklabels=letters)
+        ax.set(
+            xlabel="key: token of example …", xticks=centres, xticklabels=letters, yticks=centres, yticklabels=letters
+        )
         ax.grid(False)
     axes[0].set_ylabel("query: token of example …")
     figure.colorbar(image, ax=list(axes), shrink=0.8, label="attention weight (square-root scale)")
@@ -106,14 +115,26 @@ def logit_changes(changes: dict[str, np.ndarray], lengths: Sequence[int], edited
     figure, (ax,) = new(10, 3.9, f"{title}; change at every position of the row")
     ax.axvspan(edges[edited] - 0.5, edges[edited + 1] - 0.5, color="0.9")
     for i, (name, values) in enumerate(changes.items()):
-        ax.plot(np.arange(len(values)), values, marker="oX^"[i % 3], markersize=6, color=_COLORS[[3, 2, 0][i % 3]], label=name)
+        ax.plot(
+            np.arange(len(values)),
+            values,
+            marker="oX^"[i % 3],
+            markersize=6,
+            color=_COLORS[[3, 2, 0][i % 3]],
+            label=name,
+        )
     for i, (start, stop) in enumerate(pairwise(edges)):
         ax.axvline(stop - 0.5, color="black", linewidth=1)
         name = f"{chr(65 + i)}{', edited' if i == edited else ''}"
         ax.text((start + stop - 1) / 2, 1.01, name, transform=ax.get_xaxis_transform(), ha="center", fontsize=11)
     top = max(max(values.max() for values in changes.values()), 1e-6)
     ax.set_yscale("symlog", linthresh=1e-7)
-    ax.set(xlabel="position in the packed row (tokens)", ylabel="largest logit change", xlim=(-0.5, edges[-1] - 0.5), ylim=(-3e-8, 4 * top))
+    ax.set(
+        xlabel="position in the packed row (tokens)",
+        ylabel="largest logit change",
+        xlim=(-0.5, edges[-1] - 0.5),
+        ylim=(-3e-8, 4 * top),
+    )
     ax.set_title(title, pad=22)
     ax.legend(loc="center right")
     return figure
@@ -125,7 +146,9 @@ def speed_up_bars(table: pd.DataFrame, title: str) -> Figure:
     table columns: `corpus, strategy, speed_up, speed_up_low, speed_up_high, limit` (ratios of real tokens/s; limit may be NaN).
     """
     groups = list(dict.fromkeys(table["corpus"]))
-    figure, axes = new(5.6 * len(groups) + 1.6, 0.5 * table["strategy"].nunique() + 1.9, title, len(groups), sharey=True)
+    figure, axes = new(
+        5.6 * len(groups) + 1.6, 0.5 * table["strategy"].nunique() + 1.9, title, len(groups), sharey=True
+    )
     names = list(dict.fromkeys(table["strategy"]))
     for ax, group in zip(axes, groups):
         rows = table[table["corpus"] == group].set_index("strategy").reindex(names)
@@ -133,18 +156,43 @@ def speed_up_bars(table: pd.DataFrame, title: str) -> Figure:
             color, hatch, _ = style(strategy)
             if np.isfinite(row["speed_up"]):
                 error = [[row["speed_up"] - row["speed_up_low"]], [row["speed_up_high"] - row["speed_up"]]]
-                ax.barh(y, row["speed_up"], color=color, hatch=hatch, edgecolor="white", height=0.66, xerr=error, ecolor="0.25", capsize=3)
+                ax.barh(
+                    y,
+                    row["speed_up"],
+                    color=color,
+                    hatch=hatch,
+                    edgecolor="white",
+                    height=0.66,
+                    xerr=error,
+                    ecolor="0.25",
+                    capsize=3,
+                )
             if np.isfinite(row["limit"]):
                 ax.plot([row["limit"]] * 2, [y - 0.42, y + 0.42], **LIMIT)
             if np.isfinite(row["speed_up"]):  # on white where the limit is drawn below it
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
-                ax.text(row["speed_up_high"] * 1.02 + 0.02, y, f"{row['speed_up']:.2f}×", va="center", fontsize=10, bbox=box, zorder=4)
+                ax.text(
+                    row["speed_up_high"] * 1.02 + 0.02,
+                    y,
+                    f"{row['speed_up']:.2f}×",
+                    va="center",
+                    fontsize=10,
+                    bbox=box,
+                    zorder=4,
+                )
         ax.axvline(1, color="0.4", linewidth=1)
-        ax.set(title=str(group), xlabel="real tokens/s, relative to padding", yticks=range(len(names)), yticklabels=[label(n) for n in names])
+        ax.set(
+            title=str(group),
+            xlabel="real tokens/s, relative to padding",
+            yticks=range(len(names)),
+            yticklabels=[label(n) for n in names],
+        )
         ax.set_xlim(0, max(np.nanmax(rows[["speed_up_high", "limit"]].to_numpy()) * 1.18, 1.2))
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
-    (line,) = axes[-1].plot([], [], **LIMIT, label="limit of dropping the pads: padding's slots per real token over the strategy's own")
+    (line,) = axes[-1].plot(
+        [], [], **LIMIT, label="limit of dropping the pads: padding's slots per real token over the strategy's own"
+    )
     figure.legend(handles=[line], loc="outside lower center")
     return head(figure, title)
 
@@ -181,7 +229,12 @@ def forest(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
         ax.errorbar(row.difference, y, xerr=error, color=color, marker=marker, markersize=8, capsize=4, linewidth=1.8)
     ax.axvline(0, color="black", linewidth=1)
     labels = [f"{r.label} (n={r.n})" for r in table.itertuples()]
-    ax.set(xlabel=f"{xlabel}\n(nats; right of 0 is worse)", yticks=range(len(table)), yticklabels=labels, ylim=(len(table) - 0.4, -0.6))
+    ax.set(
+        xlabel=f"{xlabel}\n(nats; right of 0 is worse)",
+        yticks=range(len(table)),
+        yticklabels=labels,
+        ylim=(len(table) - 0.4, -0.6),
+    )
     return head(figure, title)
 
 
@@ -193,7 +246,14 @@ def beside_paper(table: pd.DataFrame, value: str, title: str, xlabel: str) -> Fi
         rows = table[table["source"] == source].drop_duplicates("label").set_index("label").reindex(names)
         for y, (_, row) in enumerate(rows.iterrows()):
             if pd.notna(row[value]):
-                ax.barh(y + shift, row[value], height=0.36, color=shade or style(row["strategy"])[0], hatch=hatch, edgecolor="white")
+                ax.barh(
+                    y + shift,
+                    row[value],
+                    height=0.36,
+                    color=shade or style(row["strategy"])[0],
+                    hatch=hatch,
+                    edgecolor="white",
+                )
                 ax.text(row[value], y + shift, f" {row[value]:.3g}", va="center", fontsize=10)
             else:
                 ax.text(0, y + shift, f" {source}: not known", va="center", fontsize=10, color="0.45")
@@ -207,7 +267,16 @@ def beside_paper(table: pd.DataFrame, value: str, title: str, xlabel: str) -> Fi
     return head(figure, title)
 
 
-def curves(table: pd.DataFrame, x: str, y: str, title: str, xlabel: str, ylabel: str, limit: str | None = None, logx: bool = True) -> Figure:
+def curves(
+    table: pd.DataFrame,
+    x: str,
+    y: str,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    limit: str | None = None,
+    logx: bool = True,
+) -> Figure:
     """One line per strategy of `y` against `x`, with the column `limit` as a dashed line where given."""
     figure, (ax,) = new(8.5, 4.6, title)
     for strategy, rows in table.groupby("strategy", sort=False):

@@ -2,7 +2,6 @@
 
 A name in `MODELS` is built with random weights on the device, in the dtype: nothing is downloaded or copied, and speed
 and memory do not depend on the values of the weights. Any other name is pretrained: Hub name, folder or .gguf file.
-`NAME+liger` is the model with Liger's fused layers (package liger-kernel, on a GPU), for fewer launches in a step.
 `use_cache` is off: with a cache, packed rows leak into each other on the sdpa and eager paths of transformers.
 """
 
@@ -26,14 +25,21 @@ class Architecture:
     model_type: str
     config: dict[str, Any]
     attention_route: str = "interface"
+    any_vocabulary: bool = False
 
 
 FLASH_ROUTE = ("eager", "sdpa", "flash_attention_2")
-LIGER = "+liger"
 
 
-def _architecture(source: str, model_type: str, *, attention_route: str = "interface", **config: Any) -> Architecture:
-    return Architecture(source, model_type, config, attention_route)
+def _architecture(
+    source: str,
+    model_type: str,
+    *,
+    attention_route: str = "interface",
+    any_vocabulary: bool = False,
+    **config: Any,
+) -> Architecture:
+    return Architecture(source, model_type, config, attention_route, any_vocabulary)
 
 
 MODELS = {
@@ -41,7 +47,7 @@ MODELS = {
     "tiny-llama": _architecture(
         "packlib", "llama", vocab_size=4096, hidden_size=192, intermediate_size=704, num_hidden_layers=4,
         num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=32768, rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
+        tie_word_embeddings=True, any_vocabulary=True,
     ),
     # config.json of the source; Jiang et al., arXiv 2310.06825, table 1.
     "mistral-7b": _architecture(
@@ -96,8 +102,8 @@ MODELS = {
 
 
 def architecture(name: str) -> Architecture | None:
-    """The entry of MODELS behind a name, with or without `+liger`; None for a pretrained model."""
-    return MODELS.get(name.removesuffix(LIGER))
+    """The entry of MODELS behind a name; None for a pretrained model."""
+    return MODELS.get(name)
 
 
 def model_config(name: str, *, vocab_size: int | None = None, layers: int | None = None) -> PreTrainedConfig:
@@ -105,7 +111,6 @@ def model_config(name: str, *, vocab_size: int | None = None, layers: int | None
 
     Raises ValueError when a pretrained model has another number of layers or too small a vocabulary.
     """
-    name = name.removesuffix(LIGER)
     if known := architecture(name):
         changes = {"vocab_size": vocab_size, "num_hidden_layers": layers}
         changes = {key: value for key, value in changes.items() if value is not None}
@@ -126,11 +131,8 @@ def build_model(
     """A causal language model on `device` in `dtype`, in training mode; the caller's random generator is left alone.
 
     A name in MODELS gets random weights that depend on the seed (and kind of device) only, another name its own weights.
-    Raises ValueError when the model's attention classes cannot take attn_implementation, ImportError for `+liger` without that package.
+    Raises ValueError when the model's attention classes cannot take attn_implementation.
     """
-    if name.endswith(LIGER):
-        options = {"attn_implementation": attn_implementation, "dtype": dtype, "device": device, "seed": seed}
-        return fuse_layers(build_model(name.removesuffix(LIGER), **options, vocab_size=vocab_size, layers=layers))
     if name in MODELS and MODELS[name].attention_route == "flash" and attn_implementation not in FLASH_ROUTE:
         raise ValueError(
             f"{name} bypasses transformers' attention interface; attn_implementation = {attn_implementation!r} cannot "
@@ -140,26 +142,15 @@ def build_model(
     options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
     if name not in MODELS:
         model = AutoModelForCausalLM.from_pretrained(**_location(name), **options)
-        if "gguf_file" in _location(name):  # weights are in `dtype` by now, but stay marked as quantised, which Trainer and `to` refuse
+        if "gguf_file" in _location(
+            name
+        ):  # weights are in `dtype` by now, but stay marked as quantised, which Trainer and `to` refuse
             model.is_quantized, model.hf_quantizer = False, None
             vars(model.config).pop("quantization_config", None)
         return model.to(device).train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(**options).train()
-
-
-def fuse_layers(model: PreTrainedModel) -> PreTrainedModel:
-    """Put Liger's kernels for norms, rotary embeddings and gated MLPs into `model`, and for this process into its class's rotary embedding.
-
-    One launch each instead of up to ten; the loss stays as it was. ValueError where Liger knows nothing of the model's type.
-    """
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
-
-    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        raise ValueError(f"{LIGER}: liger-kernel has no layers for {model.config.model_type}; it has {', '.join(MODEL_TYPE_TO_APPLY_LIGER_FN)}")
-    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    return model
 
 
 def _location(name: str) -> dict[str, str]:

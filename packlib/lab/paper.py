@@ -59,13 +59,17 @@ def table_2() -> pd.DataFrame:
     table = pd.DataFrame(_TABLE_2, columns=columns)
     table["peak_memory_bytes"] = table.pop("peak_memory_mb") * 1e6
     table["strategy"] = table["batching"].map(STRATEGY)
-    table["source"] = [f"{SOURCE}, Table 2, {model}, {batching}" for model, batching in zip(table["model"], table["batching"])]
+    table["source"] = [
+        f"{SOURCE}, Table 2, {model}, {batching}" for model, batching in zip(table["model"], table["batching"])
+    ]
     return table
 
 
 def table_4() -> pd.DataFrame:
     """Table 4: `batching, strategy, gradient_accumulation, optimizer_steps, eval_loss_per_token, source`."""
-    table = pd.DataFrame(_TABLE_4, columns=["batching", "gradient_accumulation", "optimizer_steps", "eval_loss_per_token"])
+    table = pd.DataFrame(
+        _TABLE_4, columns=["batching", "gradient_accumulation", "optimizer_steps", "eval_loss_per_token"]
+    )
     table["strategy"] = table["batching"].map(STRATEGY)
     table["source"] = f"{SOURCE}, Table 4"
     return table

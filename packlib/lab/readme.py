@@ -6,7 +6,6 @@ where they hold nothing for it. The figure's alt text has all of its numbers and
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
@@ -29,15 +28,26 @@ SAME_BATCHES = ["padding", "minibatch_packing", "trl_padding", "trl_padding_free
 def _speed(frame: pd.DataFrame) -> pd.DataFrame:
     """The timed runs of whole models at the paper's setting that had the device to themselves."""
     alone = frame["environment.concurrent_runs"] == 1
-    return frame[alone & frame["eval_every"].isna() & frame["layers"].isna() & (frame[list(SETTING)] == pd.Series(SETTING)).all(axis=1)]
+    return frame[
+        alone
+        & frame["eval_every"].isna()
+        & frame["layers"].isna()
+        & (frame[list(SETTING)] == pd.Series(SETTING)).all(axis=1)
+    ]
 
 
 def _against(frame: pd.DataFrame) -> pd.DataFrame:
     """`tables.against` corpus by corpus, with `data`, the corpus in one word, and `speed_up_paper`, the paper's ratio."""
     table = tables.against(_speed(frame)).assign(data=lambda t: t["corpus"].map(_data))
-    known = comparison.paper_values()[["data", "model", "strategy", "speed_up"]].replace({"data": {v: k for k, v in STANDS_FOR.items()}})
-    table = table.merge(known.assign(kernel="auto"), how="left", on=["data", "model", "strategy", "kernel"], suffixes=("", "_paper"))
-    return table.sort_values("data", key=lambda d: d.map([*dict.fromkeys([*STANDS_FOR, *d])].index), kind="stable", ignore_index=True)
+    known = comparison.paper_values()[["data", "model", "strategy", "speed_up"]].replace(
+        {"data": {v: k for k, v in STANDS_FOR.items()}}
+    )
+    table = table.merge(
+        known.assign(kernel="auto"), how="left", on=["data", "model", "strategy", "kernel"], suffixes=("", "_paper")
+    )
+    return table.sort_values(
+        "data", key=lambda d: d.map([*dict.fromkeys([*STANDS_FOR, *d])].index), kind="stable", ignore_index=True
+    )
 
 
 def _data(corpus: str) -> str:
@@ -46,10 +56,14 @@ def _data(corpus: str) -> str:
 
 def _markdown(table: pd.DataFrame) -> str:
     shown = tables.display_table(table).assign(model=table["model"], corpus=table["data"]).drop(columns="rows")
-    forms = table["data"].map({"multitask": "{:.2f}", "math": "about {:.1f}"})  # "about" is what the blog post says of OrcaMath
+    forms = table["data"].map(
+        {"multitask": "{:.2f}", "math": "about {:.1f}"}
+    )  # "about" is what the blog post says of OrcaMath
     theirs = ["" if pd.isna(ratio) else form.format(ratio) for ratio, form in zip(table["speed_up_paper"], forms)]
     shown.insert(list(shown).index("× padding") + 1, "the paper's", theirs)
-    return tables.markdown(shown.loc[:, [name for name in shown if name not in ("model", "corpus") or shown[name].nunique() > 1]])
+    return tables.markdown(
+        shown.loc[:, [name for name in shown if name not in ("model", "corpus") or shown[name].nunique() > 1]]
+    )
 
 
 def _headline(frame: pd.DataFrame) -> pd.DataFrame:
@@ -58,7 +72,10 @@ def _headline(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _devices(frame: pd.DataFrame) -> str:
-    return " and ".join(f"{n:.0f} × {device}" for n, device in sorted({*zip(frame["environment.device_count"], frame["environment.device"])}))
+    return " and ".join(
+        f"{n:.0f} × {device}"
+        for n, device in sorted({*zip(frame["environment.device_count"], frame["environment.device"])})
+    )
 
 
 def claim(frame: pd.DataFrame, run: str) -> str:
@@ -92,7 +109,9 @@ def arms(frame: pd.DataFrame, run: str) -> str:
 
 def models(frame: pd.DataFrame, run: str) -> str:
     table = _against(frame[frame["kernel"] == "auto"])
-    return _markdown(table[(table["strategy"] == "minibatch_packing") & (table["data"] == "multitask")].reset_index(drop=True))
+    return _markdown(
+        table[(table["strategy"] == "minibatch_packing") & (table["data"] == "multitask")].reset_index(drop=True)
+    )
 
 
 def losses(frame: pd.DataFrame, run: str) -> str:
@@ -100,12 +119,17 @@ def losses(frame: pd.DataFrame, run: str) -> str:
     for (_, corpus), group in found.groupby(["model", "corpus"], sort=False):
         group = group[group["learning_rate"] == group.loc[group["strategy"] == "padding", "learning_rate"].max()]
         kinds = [group["strategy"].isin(SAME_BATCHES), group["examples_per_step"].notna(), group["steps"].notna()]
-        shares = np.select(kinds, ["", convergence.EXAMPLES, convergence.STEPS], convergence.EPOCHS)  # see `convergence.arms`
+        shares = np.select(
+            kinds, ["", convergence.EXAMPLES, convergence.STEPS], convergence.EPOCHS
+        )  # see `convergence.arms`
         named = [convergence.Arm(strategy, variant, None).label for strategy, variant in zip(group["strategy"], shares)]
         group = group.assign(arm=named, per_token=group["metrics.eval_loss_per_token"])
         told = {gap["label"]: convergence.tell(gap) for gap in convergence.differences(group).to_dict("records")}
         for name, runs in group.groupby("arm", sort=False):
-            numbers = {"steps": f"{runs['metrics.optimizer_steps'].mean():,.0f}", "validation loss": f"{runs['per_token'].mean():.4f}"}
+            numbers = {
+                "steps": f"{runs['metrics.optimizer_steps'].mean():,.0f}",
+                "validation loss": f"{runs['per_token'].mean():.4f}",
+            }
             rows.append({"corpus": _data(corpus), "batching": name} | numbers | {"minus padding's": told.get(name, "")})
     models = " and ".join(found["model"].map(tables.short).unique())
     said = f"Validation loss of {models} (notebook 07), on held-out examples that see only themselves, each arm against padding seed by seed:"
@@ -114,7 +138,10 @@ def losses(frame: pd.DataFrame, run: str) -> str:
 
 def figure(frame: pd.DataFrame, run: str) -> str:
     table = _headline(frame).dropna(subset="speed_up")
-    bars = (f"{row.data}, {figures.label(row.strategy)} {row.speed_up:.2f} (limit {row.limit:.2f})" for row in table.itertuples())
+    bars = (
+        f"{row.data}, {figures.label(row.strategy)} {row.speed_up:.2f} (limit {row.limit:.2f})"
+        for row in table.itertuples()
+    )
     return f"![Real tokens/s relative to padding, {NAME} on {_devices(_speed(frame))}. {'; '.join(bars)}.](papermill_runs/{run}/figures/readme.png)"
 
 
@@ -160,15 +187,11 @@ def render(text: str, *, draw: bool = False) -> tuple[str, list[str]]:
     return BLOCK.sub(block, text), stale
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README.md is not what the records say")
-
-
-def command(arguments: argparse.Namespace) -> str:
-    """Returns what was done. Raises `ValueError` where `--check` finds a difference."""
+def update(*, check: bool = False) -> str:
+    """Write README.md anew; returns what was done. check: write nothing, raise `ValueError` where it differs."""
     path = records.project_root() / "README.md"
-    text, stale = render(path.read_text(), draw=not arguments.check)
-    if arguments.check and stale:
+    text, stale = render(path.read_text(), draw=not check)
+    if check and stale:
         raise ValueError(f"README.md is not what the records say: {', '.join(stale)}; run make tables")
     if stale:
         path.write_text(text)

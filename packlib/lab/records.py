@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +20,11 @@ from typing import Any
 
 import pandas as pd
 
-CONCURRENT = "PACKLIB_CONCURRENT_RUNS"  # how many runs share the device; above 1 their losses count and their times do not
+from packlib.atomic import atomic_write
+
+CONCURRENT = (
+    "PACKLIB_CONCURRENT_RUNS"  # how many runs share the device; above 1 their losses count and their times do not
+)
 
 
 def project_root() -> Path:
@@ -32,12 +36,18 @@ def project_root() -> Path:
     return here
 
 
-def run_folder(run: str | Path) -> Path:
-    """`papermill_runs/<run>` of the checkout for a bare name; any other path as it is. Created if missing, with its `records/`."""
+def runs_folder() -> Path:
+    """`papermill_runs/` of the checkout."""
+    return project_root() / "papermill_runs"
+
+
+def run_folder(run: str | Path, *, create: bool = True) -> Path:
+    """`papermill_runs/<run>` for a bare name; any other path as it is. Made with its `records/`, unless not `create`."""
     folder = Path(run)
     if len(folder.parts) == 1:
-        folder = project_root() / "papermill_runs" / folder
-    (folder / "records").mkdir(parents=True, exist_ok=True)
+        folder = runs_folder() / folder
+    if create:
+        (folder / "records").mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -46,21 +56,16 @@ def run_id(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def run_id_on(spec_id: str, content: str) -> str:
+    """Name of a spec's run on data of this content (a hash): `<spec_id>-<8 digits of the content>`."""
+    return f"{spec_id}-{content[:8]}"
+
+
 def write_json(path: Path, value: Mapping[str, Any], *, overwrite: bool = False) -> Path:
     """Write one JSON file so that a reader sees all of it or nothing. Raises `FileExistsError` unless `overwrite`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.write("\n")
-        os.chmod(partial, 0o644)
-        if overwrite:
-            os.replace(partial, path)
-        else:
-            os.link(partial, path)  # fails where the name is taken, unlike a rename
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with atomic_write(path, overwrite=overwrite) as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
     return path
 
 
@@ -69,10 +74,38 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> Path:
     return write_json(folder / "records" / f"{record['run_id']}.json", record)
 
 
+def unfinished(run_id: str, spec: Mapping[str, Any], status: str, reason: str) -> dict[str, Any]:
+    """The record of a run without a result."""
+    empty = {"plan": None, "metrics": None, "trace": None}
+    head = {"run_id": run_id, "status": status, "error": reason, "spec": dict(spec)}
+    return head | {"environment": environment()} | empty
+
+
+def supersede(folder: Path, record: Mapping[str, Any]) -> None:
+    """Move a record out of the way, into `superseded/`: its run is tried again, and nothing is overwritten."""
+    old = folder / "records" / f"{record['run_id']}.json"
+    kept = folder / "superseded" / f"{record['run_id']}-{time.time_ns()}.json"
+    kept.parent.mkdir(exist_ok=True)
+    old.replace(kept)
+
+
 def read_record(folder: Path, identity: str) -> dict[str, Any] | None:
     """The record of one run, or None."""
     path = folder / "records" / f"{identity}.json"
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def find_record(folder: Path, spec_id: str, content: str | None) -> dict[str, Any] | None:
+    """The record of a spec on data with this content; where the data are not here (None), the newest on whatever data."""
+    if content is not None:
+        return read_record(folder, run_id_on(spec_id, content))
+    found = [json.loads(path.read_text()) for path in (folder / "records").glob(f"{spec_id}-*.json")]
+    return max(found, key=lambda record: record["environment"]["created"], default=None)
+
+
+def had_device_alone(record: Mapping[str, Any]) -> bool:
+    """Whether no other run shared the device, so that times mean something. Records that say nothing are of such runs."""
+    return record["environment"].get("concurrent_runs", 1) == 1
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -93,7 +126,9 @@ def load_records(folder: Path | Iterable[Path]) -> pd.DataFrame:
     rows = []
     for record in (r for f in folders for r in read_records(f)):
         rest = {key: record.get(key) for key in ("run_id", "status", "error", "environment", "plan", "metrics")}
-        rest["environment"] = {"concurrent_runs": 1} | rest["environment"]  # older records are of runs that had the device to themselves
+        rest["environment"] = {"concurrent_runs": 1} | rest[
+            "environment"
+        ]  # older records are of runs that had the device to themselves
         rows.append(record["spec"] | pd.json_normalize(rest).iloc[0].to_dict())
     return pd.DataFrame(rows)
 
@@ -162,15 +197,3 @@ def _processor() -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
-
-
-def finish(folder: Path, notebook: str, title: str, findings: list[str], figures: Mapping[str, str] | None = None, **values: Any) -> None:
-    """What a notebook's last cell calls: shows the findings and writes `summaries/<notebook>.json`, the proof that it ran to its end.
-
-    findings: sentences whose numbers were computed. figures: name -> alt text of figures kept by `figures.show`. values: anything else to keep.
-    """
-    from IPython.display import Markdown, display
-
-    summary = {"title": title, "findings": findings, "figures": dict(figures or {})} | values
-    write_json(folder / "summaries" / f"{notebook}.json", summary, overwrite=True)
-    display(Markdown("\n".join(f"- {finding}" for finding in findings)))

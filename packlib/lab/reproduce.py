@@ -6,7 +6,6 @@ writes `summaries/<notebook>.json`; a notebook counts as done only when papermil
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import re
@@ -79,7 +78,9 @@ def execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
         if error.ename == experiment.OutOfTime.__name__:
             unfinished.unlink()
             raise experiment.OutOfTime(f"{notebook.name}: {error.evalue}") from None
-        raise NotebookFailed(f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {unfinished}") from None
+        raise NotebookFailed(
+            f"{notebook.name}, cell {error.exec_count}: {error.ename}: {error.evalue}; see {unfinished}"
+        ) from None
     except DeadKernelError as error:
         raise NotebookFailed(f"{notebook.name}: {error}, killed or out of memory; see {unfinished}") from None
     if not summary.exists() or summary.stat().st_mtime_ns == before:
@@ -94,13 +95,19 @@ def _publishable(path: Path, folder: Path) -> None:
     links lead back to `notebooks/`."""
     text = path.read_text()
     for here, name in ((folder, folder.name), (records.project_root(), "."), (Path.home(), "~")):
-        for prefix in {str(here.resolve()), str(here.absolute())} - {"/"}:  # the home of a container's nameless user is /
+        for prefix in {str(here.resolve()), str(here.absolute())} - {
+            "/"
+        }:  # the home of a container's nameless user is /
             text = text.replace(prefix, name)
     notebook = nbformat.reads(text, 4)
     notebook.metadata.pop("widgets", None)
     notebook.metadata.pop("papermill", None)
     root = records.project_root().resolve()
-    up = Path(os.path.relpath(root / "notebooks", folder.resolve())).as_posix() if folder.resolve().is_relative_to(root) else None
+    up = (
+        Path(os.path.relpath(root / "notebooks", folder.resolve())).as_posix()
+        if folder.resolve().is_relative_to(root)
+        else None
+    )
     for cell in notebook.cells:
         if up and cell.cell_type == "markdown":
             cell.source = re.sub(r"\]\((?!\w+:|#|\.\./)", f"]({up}/", cell.source)
@@ -109,7 +116,9 @@ def _publishable(path: Path, folder: Path) -> None:
     nbformat.write(notebook, path)
 
 
-def reproduce(preset: str, *, output: str | None = None, only: list[str] | None = None, minutes: float | None = None) -> Path:
+def reproduce(
+    preset: str, *, output: str | None = None, only: list[str] | None = None, minutes: float | None = None
+) -> Path:
     """Execute a preset's notebooks in order and write the report; returns the run's folder.
 
     output: name or path of the run folder (the preset's name by default). only: notebooks to run, by name or number. minutes: start no new arm
@@ -138,7 +147,9 @@ def reproduce(preset: str, *, output: str | None = None, only: list[str] | None 
         if minutes is not None:
             del os.environ[experiment.UNTIL]  # the next call has all the time it wants
     report = write_report(folder)
-    logger.info("%s in %.0f s: executed notebooks in %s, report in %s", preset, time.monotonic() - started, folder, report)
+    logger.info(
+        "%s in %.0f s: executed notebooks in %s, report in %s", preset, time.monotonic() - started, folder, report
+    )
     return folder
 
 
@@ -152,8 +163,17 @@ def write_report(folder: Path) -> Path:
         lines += [f"{len(found)} measured runs on: {'; '.join(places)}.", "", *filter(None, [headline(folder)]), ""]
     for path in sorted((folder / "summaries").glob("*.json")):
         summary = records.read_json(path)
-        lines += [f"## [{summary['title']}]({path.stem}.ipynb)", "", *(f"- {finding}" for finding in summary["findings"]), ""]
-        kept = [(name, alt) for name, alt in summary.get("figures", {}).items() if (folder / "figures" / f"{name}.png").exists()]
+        lines += [
+            f"## [{summary['title']}]({path.stem}.ipynb)",
+            "",
+            *(f"- {finding}" for finding in summary["findings"]),
+            "",
+        ]
+        kept = [
+            (name, alt)
+            for name, alt in summary.get("figures", {}).items()
+            if (folder / "figures" / f"{name}.png").exists()
+        ]
         lines += [f"![{alt}](figures/{name}.png)\n" for name, alt in kept]
     report = folder / "report.md"
     report.write_text("\n".join(lines).rstrip() + "\n")
@@ -165,18 +185,7 @@ def headline(folder: Path) -> str:
     frame = records.load_records(folder)
     if "strategy" not in frame:  # no record, or notebook 05's of attention alone
         return ""
-    timed = frame[frame["strategy"].notna() & (frame["environment.concurrent_runs"] == 1)]  # the others' times do not count
+    timed = frame[
+        frame["strategy"].notna() & (frame["environment.concurrent_runs"] == 1)
+    ]  # the others' times do not count
     return tables.markdown(tables.display_table(tables.against(tables.one_setting(timed))))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("preset", nargs="?", default="cpu", help="a name in papermill_runs/presets (default: cpu)")
-    parser.add_argument("--output", help="run folder: a name under papermill_runs/ or a path (default: the preset's name)")
-    parser.add_argument("--only", nargs="+", metavar="NOTEBOOK", help="run these notebooks only, by name or number (06)")
-    parser.add_argument("--minutes", type=float, help="start no new training run after this many minutes; call again to go on")
-
-
-def command(arguments: argparse.Namespace) -> str:
-    """`python -m packlib reproduce`: returns what is printed at the end."""
-    folder = reproduce(arguments.preset, output=arguments.output, only=arguments.only, minutes=arguments.minutes)
-    return f"{headline(folder)}\n\nexecuted notebooks: {folder}\nreport:             {folder / 'report.md'}"

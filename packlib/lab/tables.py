@@ -22,7 +22,9 @@ def short(name: str) -> str:
 
 def arm_label(strategy: str, kernel: str) -> str:
     """How an arm is written: the strategy, and the attention where it is transformers' own."""
-    return STRATEGIES[strategy].label + (f" ({kernel.removeprefix('transformers_')})" if kernel.startswith("transformers_") else "")
+    return STRATEGIES[strategy].label + (
+        f" ({kernel.removeprefix('transformers_')})" if kernel.startswith("transformers_") else ""
+    )
 
 
 def t95(n: int) -> float:
@@ -36,7 +38,11 @@ def one_setting(frame: pd.DataFrame) -> pd.DataFrame:
     A run folder also holds other batch sizes, learning rates and lengths of training: each is a comparison of its own. How many steps a run
     that is not evaluated was timed over is no such difference.
     """
-    compared = frame.assign(steps=frame["steps"].where(frame["eval_examples"] > 0)) if {"steps", "eval_examples"} <= set(frame) else frame
+    compared = (
+        frame.assign(steps=frame["steps"].where(frame["eval_examples"] > 0))
+        if {"steps", "eval_examples"} <= set(frame)
+        else frame
+    )
     free = {"run_id", "status", "error", "model", "corpus", "strategy", "kernel", "seed", "repeat"}
     fixed, kept = [name for name in frame if "." not in name and name not in free], []
     for _, group in compared.groupby(["model", "corpus"], sort=False):
@@ -60,7 +66,13 @@ def against(frame: pd.DataFrame, base: str = "padding", by: tuple[str, ...] = ("
         reference = reference[reference["kernel"] == reference["kernel"].iloc[0]] if len(reference) else reference
         for (strategy, kernel), arm in group.groupby(["strategy", "kernel"], sort=False):
             ok = arm[arm["status"] == "ok"]
-            row = {**{key: arm[key].iloc[0] for key in by}, "strategy": strategy, "kernel": kernel, "status": arm["status"].iloc[0], "runs": len(ok)}
+            row = {
+                **{key: arm[key].iloc[0] for key in by},
+                "strategy": strategy,
+                "kernel": kernel,
+                "status": arm["status"].iloc[0],
+                "runs": len(ok),
+            }
             row |= dict.fromkeys(_VALUES, math.nan)
             if len(ok):
                 rate = ok["metrics.tokens_per_s.mean"]
@@ -85,7 +97,15 @@ def against(frame: pd.DataFrame, base: str = "padding", by: tuple[str, ...] = ("
 
 def table_2_rows(record: pd.Series) -> int:
     """Rows as the paper's Table 2 counts them: examples where every example stays an entry of its own, packed rows otherwise."""
-    online = record["strategy"] in ("padding", "group_by_length", "minibatch_packing", "token_budget", "dynapipe", "trl_padding", "trl_padding_free")
+    online = record["strategy"] in (
+        "padding",
+        "group_by_length",
+        "minibatch_packing",
+        "token_budget",
+        "dynapipe",
+        "trl_padding",
+        "trl_padding_free",
+    )
     return int(record["plan.examples"] if online else record["plan.rows"])
 
 
@@ -111,7 +131,16 @@ def paired_differences(frame: pd.DataFrame, value: str, base: str = "padding", a
         if len(common):
             mean, low, high = mean_interval((by_seed[common] - reference[common]).to_numpy())
             text = STRATEGIES[name].label if name in STRATEGIES else str(name)
-            rows.append({"label": text, "strategy": group["strategy"].iloc[0], "difference": mean, "low": low, "high": high, "n": len(common)})
+            rows.append(
+                {
+                    "label": text,
+                    "strategy": group["strategy"].iloc[0],
+                    "difference": mean,
+                    "low": low,
+                    "high": high,
+                    "n": len(common),
+                }
+            )
     return pd.DataFrame(rows)
 
 

@@ -7,7 +7,6 @@ The corpus's own BPE needs no network, and its 4096 entries keep a tiny model's 
 import hashlib
 import importlib.util
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,14 @@ import pyarrow as pa
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from packlib.atomic import atomic_write
+
 BPE_VOCAB = 4096
 
 
 def cache_folder() -> Path:
     """Folder for trained tokenizers and parsed corpora: `$PACKLIB_CACHE`, or `~/.cache/packlib`."""
     return Path(os.environ.get("PACKLIB_CACHE") or Path.home() / ".cache" / "packlib")
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write text so that a reader sees the whole file or none, even when two processes write it or one is killed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-        file.write(content)
-    os.replace(file.name, path)
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int = BPE_VOCAB) -> PreTrainedTokenizerFast:
@@ -54,7 +47,8 @@ def train_bpe(texts: Sequence[str], vocab_size: int = BPE_VOCAB) -> PreTrainedTo
         alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|end|>", "<|pad|>"]
         options = {"initial_alphabet": alphabet, "special_tokens": special, "show_progress": False}
         bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
-        write_atomically(path, bpe.to_str())
+        with atomic_write(path) as file:
+            file.write(bpe.to_str())
     return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|end|>", pad_token="<|pad|>")
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from packlib.kernels import varlen_attention
+from packlib.attention.kernels import varlen_attention
 from packlib.lab import attention_timing, records
 from packlib.lab.attention_timing import ARMS, MIXES, draw_lengths
 

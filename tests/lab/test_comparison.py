@@ -9,7 +9,7 @@ import pytest
 
 from packlib.lab import comparison, models, paper, records
 from packlib.lab.convergence import EPOCHS, FIXED, POSID, STEPS
-from packlib.lab.experiment import RunSpec
+from packlib.lab.spec import RunSpec
 
 GPU = RunSpec(model="mistral-7b", corpus="multitask_mistral_{split}.npz", batch_size=4, max_tokens=4096, gradient_accumulation=2, dtype="bfloat16")
 TINY = RunSpec(model="tiny-llama", corpus="pydocs")

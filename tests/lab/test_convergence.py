@@ -8,7 +8,7 @@ import torch
 
 from packlib.lab import convergence, models, records, strategies, worker
 from packlib.lab.convergence import EPOCHS, FIXED, MULTIPACK, POSID, STEPS
-from packlib.lab.experiment import RunSpec
+from packlib.lab.spec import RunSpec
 
 BASE = RunSpec(corpus="arithmetic", limit=100, batch_size=4, gradient_accumulation=2, max_tokens=512, learning_rate=1e-3, generate_examples=5)
 

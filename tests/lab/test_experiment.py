@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from packlib.lab import experiment, records, worker
-from packlib.lab.experiment import RunSpec, grid
+from packlib.lab.spec import RunSpec, grid
 
 EXAMPLES = 16
 BASE = RunSpec(corpus="arithmetic", tokenizer="bpe:512", limit=EXAMPLES, batch_size=4, max_tokens=256, layers=1, warmup_steps=1, eval_examples=6,

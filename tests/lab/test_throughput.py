@@ -10,7 +10,7 @@ import pytest
 from test_tables import lost, row
 
 from packlib.lab import tables, throughput, worker
-from packlib.lab.experiment import RunSpec
+from packlib.lab.spec import RunSpec
 
 BASE = RunSpec(steps=9)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from packlib.boundaries import segment_lengths, uniform_segments
-from packlib.flash_stand_in import flash_stand_in
-from packlib.kernels import KERNELS, kernel_table, resolve_kernel, varlen_attention
+from packlib.attention.cu_seqlens import segment_lengths, uniform_segments
+from packlib.attention.flash_stand_in import flash_stand_in
+from packlib.attention.kernels import KERNELS, kernel_table, resolve_kernel, varlen_attention
 
 __all__ = ["KERNELS", "flash_stand_in", "kernel_table", "register_attention", "resolve_kernel", "varlen_attention"]
 
@@ -72,10 +72,14 @@ def _mask(
     """Mask function for transformers: a 2-D mask stays as it is. An empty one says that transformers saw position ids restart."""
     name = type(config).__name__
     if use_vmap:
-        raise ValueError(f"{name}'s model adds a mask of its own, which packlib_varlen would drop; use sdpa or flex_attention")
+        raise ValueError(
+            f"{name}'s model adds a mask of its own, which packlib_varlen would drop; use sdpa or flex_attention"
+        )
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk and q_length > chunk:
-        raise ValueError(f"{name}: rows of {q_length} tokens exceed attention_chunk_size = {chunk}; there is no kernel for chunks")
+        raise ValueError(
+            f"{name}: rows of {q_length} tokens exceed attention_chunk_size = {chunk}; there is no kernel for chunks"
+        )
     if attention_mask is not None or allow_is_causal_skip or allow_is_bidirectional_skip:
         return attention_mask
     return torch.empty(batch_size, 0, dtype=torch.bool)
@@ -105,9 +109,13 @@ def _forward(
         raise ValueError(f"dropout = {dropout}: no varlen kernel here has it; set the config's attention dropout to 0")
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} passes {name}, which packlib_varlen would drop; use eager attention")
+            raise ValueError(
+                f"{type(module).__name__} passes {name}, which packlib_varlen would drop; use eager attention"
+            )
     if key.shape[2] != length:
-        raise ValueError(f"{length} queries but {key.shape[2]} keys: packlib_varlen is for training; generate with sdpa")
+        raise ValueError(
+            f"{length} queries but {key.shape[2]} keys: packlib_varlen is for training; generate with sdpa"
+        )
     looks_packed = attention_mask is not None and attention_mask.shape[-1] == 0
     if cu_seq_lens_q is None:
         if looks_packed:
@@ -150,7 +158,9 @@ def _layout(mask: Tensor | None, position_ids: Tensor | None, batch: int, length
     return known
 
 
-def _find_layout(mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int, device: torch.device) -> _Layout:
+def _find_layout(
+    mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int, device: torch.device
+) -> _Layout:
     if mask is not None and mask.shape != (batch, length):
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected [B, T] = {(batch, length)}")
     real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.bool().cpu()
@@ -159,7 +169,9 @@ def _find_layout(mask: Tensor | None, position_ids: Tensor | None, batch: int, l
         raise ValueError(_PACKED)
     lengths = real.sum(1)
     if (broken := neighbours.sum(1) < lengths - 1).any():
-        raise ValueError(f"attention_mask[{int(broken.nonzero()[0])}] has zeros between its ones; expected padding at the ends")
+        raise ValueError(
+            f"attention_mask[{int(broken.nonzero()[0])}] has zeros between its ones; expected padding at the ends"
+        )
     if real.all():
         return _Layout(None, uniform_segments(batch, length, device), length)
     cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()

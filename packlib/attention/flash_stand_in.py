@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, modeling_flash_attention_utils
 from transformers.integrations import flash_attention
 
-from packlib.boundaries import uniform_segments
-from packlib.kernels import flash_attn_package, varlen_attention
+from packlib.attention.cu_seqlens import uniform_segments
+from packlib.attention.kernels import flash_attn_package, varlen_attention
 
 
 def _flash_functions(kernel: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
@@ -40,9 +40,13 @@ def _flash_functions(kernel: str) -> tuple[Callable[..., Tensor], Callable[..., 
         deterministic: bool = False,
     ) -> Tensor:
         if dropout_p:
-            raise ValueError(f"dropout_p = {dropout_p}: no varlen kernel here has it; set the config's attention dropout to 0")
+            raise ValueError(
+                f"dropout_p = {dropout_p}: no varlen kernel here has it; set the config's attention dropout to 0"
+            )
         if q.shape[0] != k.shape[0]:
-            raise ValueError(f"{q.shape[0]} queries but {k.shape[0]} keys: the flash stand-in is for training, not for a cache")
+            raise ValueError(
+                f"{q.shape[0]} queries but {k.shape[0]} keys: the flash stand-in is for training, not for a cache"
+            )
         window = None if window_size[0] < 0 else window_size[0] + 1
         options = {"causal": causal, "window": window, "scale": softmax_scale, "softcap": softcap, "kernel": kernel}
         return varlen_attention(q, k, v, cu_seqlens_q, int(max_seqlen_q), **options)
@@ -95,7 +99,9 @@ def flash_stand_in(kernel: str = "auto") -> Iterator[None]:
         mock.patch.object(PreTrainedModel, "_flash_attn_can_dispatch", yes),
         mock.patch.object(flash_attention, "get_target_dtype", _target_dtype),
     ]
-    for name, module in list(sys.modules.items()):  # models imported before: they looked for flash-attn when they were imported
+    for name, module in list(
+        sys.modules.items()
+    ):  # models imported before: they looked for flash-attn when they were imported
         if name.startswith("transformers.models.") and "is_flash_attn_available" in vars(module):
             forward = utils._flash_attention_forward
             replacements.append(mock.patch.object(module, "_flash_attention_forward", forward, create=True))

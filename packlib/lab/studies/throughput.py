@@ -13,12 +13,16 @@ import numpy as np
 import pandas as pd
 
 from packlib.lab import tables
-from packlib.lab.experiment import RunSpec
+from packlib.lab.spec import RunSpec
 from packlib.lab.strategies import STRATEGIES, get_strategy, plan_for
 
 
 def table_2_specs(
-    base: RunSpec, models: Iterable[str], corpora: Iterable[str], strategies: Iterable[str], further: Iterable[Mapping[str, Any]] = ()
+    base: RunSpec,
+    models: Iterable[str],
+    corpora: Iterable[str],
+    strategies: Iterable[str],
+    further: Iterable[Mapping[str, Any]] = (),
 ) -> list[RunSpec]:
     """The arms in the order in which they are run: per model, per corpus, per strategy; then the same for each entry of `further`.
 
@@ -44,7 +48,9 @@ def _arm(base: RunSpec, model: str, corpus: str, arm: str) -> RunSpec:
 def batch_size_specs(base: RunSpec, model: str, corpus: str, batch_sizes: Iterable[int]) -> list[RunSpec]:
     """padding and minibatch_packing on the same mini-batches of growing size."""
     arms = ("padding", "minibatch_packing")
-    return [replace(base, model=model, corpus=corpus, strategy=arm, batch_size=size) for size in batch_sizes for arm in arms]
+    return [
+        replace(base, model=model, corpus=corpus, strategy=arm, batch_size=size) for size in batch_sizes for arm in arms
+    ]
 
 
 def enough_steps(specs: Iterable[RunSpec], tokens: int) -> list[RunSpec]:
@@ -59,10 +65,17 @@ def enough_steps(specs: Iterable[RunSpec], tokens: int) -> list[RunSpec]:
         return worker.training_corpus(spec)[0].lengths
 
     def enough(spec: RunSpec) -> RunSpec:
-        strategy, known = get_strategy(spec.strategy), lengths(replace(spec, strategy="padding", batch_size=1, steps=None, repeat=0, kernel="auto"))
+        strategy, known = (
+            get_strategy(spec.strategy),
+            lengths(replace(spec, strategy="padding", batch_size=1, steps=None, repeat=0, kernel="auto")),
+        )
         plan = plan_for(strategy, known, batch_size=spec.batch_size, max_tokens=spec.max_tokens, seed=spec.seed)
-        rows = spec.gradient_accumulation * (1 if strategy.trl is not None else strategy.rows_per_batch(spec.batch_size))
-        return replace(spec, steps=max(spec.steps, spec.warmup_steps + math.ceil(tokens / (known.sum() / len(plan) * rows))))
+        rows = spec.gradient_accumulation * (
+            1 if strategy.trl is not None else strategy.rows_per_batch(spec.batch_size)
+        )
+        return replace(
+            spec, steps=max(spec.steps, spec.warmup_steps + math.ceil(tokens / (known.sum() / len(plan) * rows)))
+        )
 
     return [enough(spec) if tokens and spec.steps else spec for spec in specs]
 
@@ -72,7 +85,11 @@ def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
 
     reached: share of the waste that became speed: (speed_up - 1) / (limit - 1); NaN where nothing is wasted.
     """
-    ok = frame[(frame["status"] == "ok") & frame["strategy"].isin(["padding", "minibatch_packing"]) & (frame["kernel"] == "auto")]
+    ok = frame[
+        (frame["status"] == "ok")
+        & frame["strategy"].isin(["padding", "minibatch_packing"])
+        & (frame["kernel"] == "auto")
+    ]
     rows = []
     for size, group in ok.groupby("batch_size"):
         arms = {name: arm.iloc[0] for name, arm in group.groupby("strategy")}
@@ -99,7 +116,11 @@ def fixed_cost(frame: pd.DataFrame) -> dict[str, float]:
     slots, seconds = ok["metrics.slots_per_step"].to_numpy(float), ok["metrics.step_seconds.mean"].to_numpy(float)
     slope, fixed = np.polyfit(slots, seconds, 1)
     residual = seconds - (fixed + slope * slots)
-    return {"fixed_seconds": float(fixed), "seconds_per_slot": float(slope), "r2": float(1 - residual.var() / seconds.var())}
+    return {
+        "fixed_seconds": float(fixed),
+        "seconds_per_slot": float(slope),
+        "r2": float(1 - residual.var() / seconds.var()),
+    }
 
 
 def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: dict[str, float], frame: pd.DataFrame) -> list[str]:
@@ -119,17 +140,27 @@ def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: dict[str, float],
         rest = rest[~rest.index.str.startswith("trl")]
         if len(rest):
             best = rest["speed_up"].idxmax()
-            said.append(f"{where}: the fastest of our other strategies is {STRATEGIES[best].label}, {rest.loc[best, 'speed_up']:.2f} times padding.")
+            said.append(
+                f"{where}: the fastest of our other strategies is {STRATEGIES[best].label}, {rest.loc[best, 'speed_up']:.2f} times padding."
+            )
         for arm, peer in (("minibatch_packing", "trl_padding_free"), ("multipack_posid", "trl_packing_bfd")):
             if {arm, peer} <= set(arms.index):
                 ratio = arms.loc[arm, "tokens_per_s"] / arms.loc[peer, "tokens_per_s"]
-                said.append(f"{where}: {STRATEGIES[arm].label} runs at {ratio:.2f} times the real tokens/s of {STRATEGIES[peer].label}.")
+                said.append(
+                    f"{where}: {STRATEGIES[arm].label} runs at {ratio:.2f} times the real tokens/s of {STRATEGIES[peer].label}."
+                )
     if len(by_size) and by_size["reached"].notna().any():
         best = by_size.loc[by_size["reached"].idxmax()]
-        said.append(f"At {best['batch_size']:.0f} examples a batch, {best['reached']:.0%} of the waste has become speed, the most in the curve.")
+        said.append(
+            f"At {best['batch_size']:.0f} examples a batch, {best['reached']:.0%} of the waste has become speed, the most in the curve."
+        )
     if cost["fixed_seconds"] > 0:
-        said.append(f"A step costs {cost['fixed_seconds'] * 1e3:.0f} ms before its first slot and {cost['seconds_per_slot'] * 1e6:.2f} µs per slot.")
-    repeated = frame[(frame["status"] == "ok") & (frame["kernel"] == "auto")].groupby(["model", "corpus", "strategy"])["metrics.step_seconds.p50"]
+        said.append(
+            f"A step costs {cost['fixed_seconds'] * 1e3:.0f} ms before its first slot and {cost['seconds_per_slot'] * 1e6:.2f} µs per slot."
+        )
+    repeated = frame[(frame["status"] == "ok") & (frame["kernel"] == "auto")].groupby(["model", "corpus", "strategy"])[
+        "metrics.step_seconds.p50"
+    ]
     spreads = (repeated.max() / repeated.min() - 1)[repeated.count() > 1]
     if len(spreads):
         said.append(f"Repeating an arm moved its median step time by at most {spreads.max():.1%}.")

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from packlib import flex
-from packlib.kernels import Call, resolve_kernel, varlen_attention
+from packlib.attention.kernels import Call, resolve_kernel, varlen_attention
 from packlib.lab import figures
 from packlib.lab.records import environment, load_records, read_record, run_id, write_record
 
@@ -32,7 +32,11 @@ ARMS = {
     "flex": ("packed, FlexAttention", 4, "v", "oo"),
     "varlen": ("packed, varlen", 0, "D", "//"),
 }
-MIXES = {"even": "every example alike", "narrow": "word problems: 50 to 150 % of the mean", "heavy_tail": "many tasks: log-normal, σ = 1"}
+MIXES = {
+    "even": "every example alike",
+    "narrow": "word problems: 50 to 150 % of the mean",
+    "heavy_tail": "many tasks: log-normal, σ = 1",
+}
 
 
 def draw_lengths(mix: str, tokens: int, mean: int, seed: int) -> np.ndarray:
@@ -44,7 +48,11 @@ def draw_lengths(mix: str, tokens: int, mean: int, seed: int) -> np.ndarray:
     if mix not in MIXES:
         raise ValueError(f"mix = {mix!r}; expected one of {', '.join(MIXES)}")
     generator = np.random.default_rng(seed)
-    draws = {"even": np.ones(tokens), "narrow": generator.uniform(0.5, 1.5, tokens), "heavy_tail": generator.lognormal(-0.5, 1.0, tokens)}
+    draws = {
+        "even": np.ones(tokens),
+        "narrow": generator.uniform(0.5, 1.5, tokens),
+        "heavy_tail": generator.lognormal(-0.5, 1.0, tokens),
+    }
     lengths = np.clip((draws[mix] * mean).astype(np.int64), 1, max(mean, tokens // 2))
     count = int(np.searchsorted(lengths.cumsum(), tokens)) + 1
     lengths = lengths[:count]
@@ -76,10 +84,14 @@ def _arm(spec: dict[str, Any], lengths: np.ndarray) -> tuple[Callable[[], Any], 
         return fresh
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None:  # the fast kernels have no grouped queries beside a mask: transformers repeats the heads, too
+        if (
+            mask is not None
+        ):  # the fast kernels have no grouped queries beside a mask: transformers repeats the heads, too
             k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, fresh: Tensor) -> Tensor:
         return varlen_attention(q, k, v, fresh, longest, kernel=kernel)
@@ -140,7 +152,15 @@ def sweep(folder: Path, specs: Iterable[dict[str, Any]]) -> pd.DataFrame:
         identity = run_id(spec)
         if read_record(folder, identity) is not None:
             continue
-        record = {"run_id": identity, "status": "ok", "error": None, "spec": spec, "environment": environment(), "plan": None, "trace": None}
+        record = {
+            "run_id": identity,
+            "status": "ok",
+            "error": None,
+            "spec": spec,
+            "environment": environment(),
+            "plan": None,
+            "trace": None,
+        }
         try:
             ceiling = matmul_ceiling(torch.device(spec["device"]), _dtype(spec))
             record["metrics"] = measure(spec) | {"matmul_flops_ceiling": ceiling}
@@ -165,8 +185,19 @@ def against_tokens(table: pd.DataFrame, title: str) -> Figure:
     for arm, rows in table.groupby("arm", sort=False):
         label, color, marker, _ = ARMS[arm]
         rows = rows.sort_values("tokens")
-        ax.plot(rows["tokens"], rows["metrics.useful_flops_per_s"] / 1e12, marker=marker, markersize=8, color=figures._COLORS[color], label=label)
-    ax.axhline(table["metrics.matmul_flops_ceiling"].median() / 1e12, **figures.LIMIT, label="measured ceiling: a matrix product")
+        ax.plot(
+            rows["tokens"],
+            rows["metrics.useful_flops_per_s"] / 1e12,
+            marker=marker,
+            markersize=8,
+            color=figures._COLORS[color],
+            label=label,
+        )
+    ax.axhline(
+        table["metrics.matmul_flops_ceiling"].median() / 1e12,
+        **figures.LIMIT,
+        label="measured ceiling: a matrix product",
+    )
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set(title=title, xlabel="tokens in the batch", ylabel="useful TFLOP/s")
@@ -184,7 +215,14 @@ def against_mix(table: pd.DataFrame, title: str) -> Figure:
         label, color, _, hatch = ARMS[arm]
         rows = table[table["arm"] == arm].set_index("mix").reindex(mixes)
         share = 100 * rows["metrics.useful_flops_per_s"] / rows["metrics.matmul_flops_ceiling"]
-        ax.bar(np.arange(len(mixes)) + shift, share, width=0.6 / max(len(arms) - 1, 1), color=figures._COLORS[color], hatch=hatch, label=label)
+        ax.bar(
+            np.arange(len(mixes)) + shift,
+            share,
+            width=0.6 / max(len(arms) - 1, 1),
+            color=figures._COLORS[color],
+            hatch=hatch,
+            label=label,
+        )
     ax.set_xticks(range(len(mixes)), [f"{mix}\nwaste {waste[mix]:.2f}" for mix in mixes])
     ax.set(title=title, ylabel="useful work, % of the measured ceiling")
     ax.grid(axis="x", visible=False)

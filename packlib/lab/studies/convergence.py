@@ -16,7 +16,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from packlib.lab import figures, paper, records, tables
-from packlib.lab.experiment import RunSpec
+from packlib.lab.spec import RunSpec
 from packlib.lab.parameters import unknown_name
 from packlib.lab.strategies import STRATEGIES
 
@@ -44,7 +44,14 @@ class Arm:
         return {"corpus": corpus, "arm": self.label, **name, "run_id": self.spec.run_id}
 
 
-def arms(base: RunSpec, *, rows_per_step: int, groups: Sequence[str] = GROUPS, seeds: Iterable[int] = (0, 1, 2), evaluations: int = 4) -> list[Arm]:
+def arms(
+    base: RunSpec,
+    *,
+    rows_per_step: int,
+    groups: Sequence[str] = GROUPS,
+    seeds: Iterable[int] = (0, 1, 2),
+    evaluations: int = 4,
+) -> list[Arm]:
     """The arms of some `GROUPS` over one corpus, for every seed, a whole seed after the other.
 
     base: batch_size × gradient_accumulation examples make a step of padding; a step of "equal epochs" is as many rows of max_tokens, as in
@@ -61,7 +68,9 @@ def arms(base: RunSpec, *, rows_per_step: int, groups: Sequence[str] = GROUPS, s
         raise unknown_name("group of arms", group, GROUPS)
     examples = base.batch_size * base.gradient_accumulation
     if not 1 <= rows_per_step < examples:
-        raise ValueError(f"rows_per_step = {rows_per_step}; expected 1 to {examples - 1}, fewer rows than a step of padding has examples")
+        raise ValueError(
+            f"rows_per_step = {rows_per_step}; expected 1 to {examples - 1}, fewer rows than a step of padding has examples"
+        )
     steps, fewer = math.ceil(base.epochs * base.limit / examples), examples / rows_per_step
     every = {"eval_every": math.ceil(steps / evaluations), "generate_examples": 0}
     few = every | {"eval_every": math.ceil(steps / fewer / evaluations)}
@@ -81,7 +90,11 @@ def arms(base: RunSpec, *, rows_per_step: int, groups: Sequence[str] = GROUPS, s
         "atoms": [(FIXED, f"atoms of {name}", equal | {"atom_size": int(share * base.max_tokens)}) for name, share in ATOMS.items()],
     }  # fmt: skip
     chosen = [row for group in GROUPS if group in groups for row in table[group]]
-    return [Arm(s, variant, replace(base, strategy=s, seed=seed, **changes)) for seed in seeds for s, variant, changes in chosen]
+    return [
+        Arm(s, variant, replace(base, strategy=s, seed=seed, **changes))
+        for seed in seeds
+        for s, variant, changes in chosen
+    ]
 
 
 def settings_arms(settings: Sequence[Mapping[str, Any]], *, seeds: Sequence[int], **shared: Any) -> list[Arm]:
@@ -97,7 +110,9 @@ def settings_arms(settings: Sequence[Mapping[str, Any]], *, seeds: Sequence[int]
         for name in sorted({"corpus", "limit", "rows_per_step"} - setting.keys()):
             raise ValueError(f"setting {setting.get('corpus', '?')!r} has no {name}")
         spec = {"seeds": seeds} | shared | dict(setting)
-        found += arms(RunSpec(**{k: v for k, v in spec.items() if k not in plan}), **{k: spec[k] for k in plan & spec.keys()})
+        found += arms(
+            RunSpec(**{k: v for k, v in spec.items() if k not in plan}), **{k: spec[k] for k in plan & spec.keys()}
+        )
     return found
 
 
@@ -106,11 +121,20 @@ def results(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
 
     status: that of the record, or `missing`. batch: (batch_size, max_tokens, accumulation), the paper's notation. Losses are nats.
     """
-    keys = {"steps": "optimizer_steps", "per_token": "eval_loss_per_token", "per_example": "eval_loss_per_example", "exact_match": "exact_match"}
+    keys = {
+        "steps": "optimizer_steps",
+        "per_token": "eval_loss_per_token",
+        "per_example": "eval_loss_per_example",
+        "exact_match": "exact_match",
+    }
     rows = []
     for arm in planned:
         spec, record = arm.spec, records.read_record(folder, arm.spec.run_id)
-        row = arm.names | {"seed": spec.seed, "status": record["status"] if record else "missing", "lr": spec.learning_rate}
+        row = arm.names | {
+            "seed": spec.seed,
+            "status": record["status"] if record else "missing",
+            "lr": spec.learning_rate,
+        }
         row["batch"] = f"({spec.batch_size}, {spec.max_tokens}, {spec.gradient_accumulation})"
         metrics, trace = (record or {}).get("metrics") or {}, (record or {}).get("trace") or {}
         row |= {name: trace[name][-1] if trace else math.nan for name in ("tokens", "seconds")}
@@ -137,19 +161,27 @@ def traces(folder: Path, planned: Sequence[Arm], *, validation: bool = False) ->
         evaluations = record["trace"].pop("evaluations")
         trace = pd.DataFrame(record["trace"])
         if validation:
-            seen = {e["step"]: e["eval_loss_per_token"] for e in [*evaluations, {"step": len(trace)} | record["metrics"]]}
+            seen = {
+                e["step"]: e["eval_loss_per_token"] for e in [*evaluations, {"step": len(trace)} | record["metrics"]]
+            }
             trace = trace.assign(loss=trace["step"].map(seen)).dropna(subset="loss")
         if not _alone(record):
             trace["seconds"] = math.nan
         frames.append(trace.assign(**arm.names))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["corpus", "arm", "strategy", "variant", "run_id", "loss"])
+    return (
+        pd.concat(frames, ignore_index=True)
+        if frames
+        else pd.DataFrame(columns=["corpus", "arm", "strategy", "variant", "run_id", "loss"])
+    )
 
 
 def differences(found: pd.DataFrame, base: str = "Padding", value: str = "per_token") -> pd.DataFrame:
     """`tables.paired_differences` of the measured arms of one corpus to the arm `base`, with `standard_errors`: the difference in those units."""
     table = tables.paired_differences(found[found["status"] == "ok"].dropna(subset=value), value, base=base, arm="arm")
     if len(table):
-        table["standard_errors"] = table["difference"] / ((table["high"] - table["low"]) / 2 / table["n"].map(tables.t95))
+        table["standard_errors"] = table["difference"] / (
+            (table["high"] - table["low"]) / 2 / table["n"].map(tables.t95)
+        )
     return table
 
 
@@ -158,13 +190,55 @@ def _name(strategy: str, variant: str = "") -> str:
 
 
 CAUSES = [  # what the pair isolates, arm, arm it is held against, what to do where the difference is a cost, and where it is none
-    ("Flattening the same mini-batches", _name("minibatch_packing"), _name("padding"), "find the bug first", "use it instead of padding"),
-    ("Contamination, at equal steps and tokens", _name(FIXED, STEPS), _name(POSID, STEPS), "always pass boundaries", "boundaries are free"),
-    ("Broken examples, at equal steps", _name(POSID, STEPS), _name("padding"), "pack whole examples", "examples may be cut here"),
-    ("Fewer steps, fixed length", _name(POSID, EPOCHS), _name(POSID, STEPS), "put fewer rows into a step", "there were steps to spare here"),
-    ("Fewer steps, multipack", _name(MULTIPACK, EPOCHS), _name(MULTIPACK, STEPS), "put fewer rows into a step", "there were steps to spare here"),
-    ("Packing whole examples, equal steps", _name(MULTIPACK, STEPS), _name("padding"), "this much remains of packing itself", "pack them"),
-    ("Packing whole examples, constant examples", _name(MULTIPACK, EXAMPLES), _name("padding"), "this much remains of packing itself", "pack them"),
+    (
+        "Flattening the same mini-batches",
+        _name("minibatch_packing"),
+        _name("padding"),
+        "find the bug first",
+        "use it instead of padding",
+    ),
+    (
+        "Contamination, at equal steps and tokens",
+        _name(FIXED, STEPS),
+        _name(POSID, STEPS),
+        "always pass boundaries",
+        "boundaries are free",
+    ),
+    (
+        "Broken examples, at equal steps",
+        _name(POSID, STEPS),
+        _name("padding"),
+        "pack whole examples",
+        "examples may be cut here",
+    ),
+    (
+        "Fewer steps, fixed length",
+        _name(POSID, EPOCHS),
+        _name(POSID, STEPS),
+        "put fewer rows into a step",
+        "there were steps to spare here",
+    ),
+    (
+        "Fewer steps, multipack",
+        _name(MULTIPACK, EPOCHS),
+        _name(MULTIPACK, STEPS),
+        "put fewer rows into a step",
+        "there were steps to spare here",
+    ),
+    (
+        "Packing whole examples, equal steps",
+        _name(MULTIPACK, STEPS),
+        _name("padding"),
+        "this much remains of packing itself",
+        "pack them",
+    ),
+    (
+        "Packing whole examples, constant examples",
+        _name(MULTIPACK, EXAMPLES),
+        _name("padding"),
+        "this much remains of packing itself",
+        "pack them",
+    ),
 ]
 NEGLIGIBLE = 1e-3  # nats: rounding alone stays below
 
@@ -176,7 +250,11 @@ def causes(found: pd.DataFrame) -> pd.DataFrame:
         for row in differences(found[found["arm"].isin([changed, base])], base).to_dict("records"):
             costs = row["low"] > 0 and row["difference"] > NEGLIGIBLE
             effect = "a cost" if costs else "a gain" if row["high"] < -NEGLIGIBLE else "no difference that shows"
-            said = f"{effect}, {tell(row)}; {cost if costs else free}." if row["n"] > 1 else f"{tell(row)}; measure more seeds."
+            said = (
+                f"{effect}, {tell(row)}; {cost if costs else free}."
+                if row["n"] > 1
+                else f"{tell(row)}; measure more seeds."
+            )
             rows.append(row | {"label": label, "advice": f"{label}: {said}"})
     return pd.DataFrame(rows)
 
@@ -193,14 +271,32 @@ def table_4(found: pd.DataFrame) -> pd.DataFrame:
     gaps = differences(found)
     gaps = {"Padding": 0.0} | (gaps.set_index("label")["difference"].to_dict() if len(gaps) else {})
     for row in known.itertuples():
-        label = _name(row.strategy, "" if row.strategy == "padding" else EPOCHS if row.gradient_accumulation == 32 else STEPS)
-        paper_row = {"batch": f"(2, 4096, {row.gradient_accumulation})", "steps": row.optimizer_steps, "loss": row.eval_loss_per_token}
-        paper_row["difference"] = row.eval_loss_per_token - known["eval_loss_per_token"].iloc[0]  # padding is its first row
+        label = _name(
+            row.strategy, "" if row.strategy == "padding" else EPOCHS if row.gradient_accumulation == 32 else STEPS
+        )
+        paper_row = {
+            "batch": f"(2, 4096, {row.gradient_accumulation})",
+            "steps": row.optimizer_steps,
+            "loss": row.eval_loss_per_token,
+        }
+        paper_row["difference"] = (
+            row.eval_loss_per_token - known["eval_loss_per_token"].iloc[0]
+        )  # padding is its first row
         rows.append({"label": label, "strategy": row.strategy, "source": "paper"} | paper_row)
         if len(ours := ok[ok["arm"] == label]):
             mean, low, high = tables.mean_interval(ours["per_token"].to_numpy())
-            ours_row = {"batch": ours["batch"].iloc[0], "steps": int(ours["steps"].iloc[0]), "loss": mean, "low": low, "high": high}
-            rows.append({"label": label, "strategy": row.strategy, "source": "ours"} | ours_row | {"difference": gaps.get(label, math.nan)})
+            ours_row = {
+                "batch": ours["batch"].iloc[0],
+                "steps": int(ours["steps"].iloc[0]),
+                "loss": mean,
+                "low": low,
+                "high": high,
+            }
+            rows.append(
+                {"label": label, "strategy": row.strategy, "source": "ours"}
+                | ours_row
+                | {"difference": gaps.get(label, math.nan)}
+            )
     return pd.DataFrame(rows)
 
 
@@ -213,11 +309,19 @@ def arm_curves(curves: pd.DataFrame, xs: Mapping[str, str], y: str, title: str, 
     for arm, runs in curves.groupby("arm", sort=False):
         (color, _, marker), variant = figures.style(runs["strategy"].iloc[0]), runs["variant"].iloc[0]
         if one:
-            color, marker = sns.color_palette("viridis", len(variants))[variants.index(variant)], "osD^vP"[variants.index(variant) % 6]
+            color, marker = (
+                sns.color_palette("viridis", len(variants))[variants.index(variant)],
+                "osD^vP"[variants.index(variant) % 6],
+            )
         for ax, (x, xlabel) in zip(axes, xs.items()):
             by_step = runs.groupby("step")
             line, low, high = by_step[x].mean(), by_step[y].min(), by_step[y].max()
-            look = {"color": color, "marker": marker, "linestyle": dashes.get(variant, "-."), "markevery": max(1, len(line) // 8)}
+            look = {
+                "color": color,
+                "marker": marker,
+                "linestyle": dashes.get(variant, "-."),
+                "markevery": max(1, len(line) // 8),
+            }
             ax.plot(line, by_step[y].mean(), markersize=6, label=arm, **look)
             ax.fill_between(line, low, high, color=color, alpha=0.12, linewidth=0)
             ax.set_xlabel(xlabel)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from packlib.attention import register_attention
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.losses import WEIGHTINGS, token_weights, weighted_loss
-from packlib.probe import (
+from packlib.isolation.probe import (
     Place,
     alone_batch,
     find_places,
@@ -147,7 +147,9 @@ def check_isolation(
     return report
 
 
-def _look(model: nn.Module, examples: list[list[int]], batches: list[Mapping[str, Any]], places: list[Place]) -> dict[str, Any]:
+def _look(
+    model: nn.Module, examples: list[list[int]], batches: list[Mapping[str, Any]], places: list[Place]
+) -> dict[str, Any]:
     """The observations of a report, and the verdict."""
     with torch.no_grad():
         noise = scale = float("nan")
@@ -158,7 +160,13 @@ def _look(model: nn.Module, examples: list[list[int]], batches: list[Mapping[str
             if not all(out[p].isfinite().all() for out in (packed, *moved) for p in places):
                 raise ValueError("the packed logits are not finite")
         except (ValueError, NotImplementedError) as refusal:
-            found = {"verdict": "refused", "error": float("nan"), "influence": [], "gradient": None, "reason": str(refusal)}
+            found = {
+                "verdict": "refused",
+                "error": float("nan"),
+                "influence": [],
+                "gradient": None,
+                "reason": str(refusal),
+            }
             return found | {"noise": noise, "scale": scale}
     noise = max(noise, *(largest(again[p], packed[p]) for p in places))
     influence = [[largest(m[p], packed[p]) for m in moved] for p in places]

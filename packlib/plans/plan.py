@@ -1,8 +1,8 @@
-"""Plans: which pieces of which examples form each row. A pure function of lengths, capacity and seed.
+"""A plan: which pieces of which examples form each row. A pure function of lengths, capacity and seed.
 
-A `Plan` is four arrays in CSR form (`row_splits`, `example`, `start`, `stop`), so that 10^8 examples are 1.2 GB of arrays
-and not objects; no token is touched until `apply`. A row is what the planner emits: one packed row of at most
-`max_tokens`, or one mini-batch of whole examples. The planners live in `planners.py` and are re-exported here.
+Four arrays in CSR form (`row_splits`, `example`, `start`, `stop`), so that 10^8 examples are 1.2 GB of arrays and not
+objects; no token is touched until `apply`. A row is what the planner emits: one packed row of at most `max_tokens`, or
+one mini-batch of whole examples.
 """
 
 from __future__ import annotations
@@ -18,28 +18,19 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from packlib.planners import (
-    CostModel,
-    best_fit_decreasing,
-    dynamic_programming,
-    first_fit_decreasing,
-    fixed_length,
-    histogram,
-    length_grouped_batches,
-    next_fit,
-    shuffled_batches,
-    token_budget,
+from packlib.atomic import atomic_write
+from packlib.plans.lengths import (
+    Layout,
+    Lengths,
+    check_layout,
+    check_lengths,
+    check_loss_tokens,
+    hash_lengths,
 )
-from packlib.segments import Lengths, check_layout, check_lengths, check_loss_tokens, hash_lengths, positive, select_rows
+from packlib.plans.packing import select_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-__all__ = [
-    "CostModel", "Plan", "PlanReport", "Segment", "best_fit_decreasing", "constant_examples", "dynamic_programming",
-    "first_fit_decreasing", "fixed_length", "histogram", "length_grouped_batches", "next_fit", "shuffled_batches",
-    "token_budget",
-]  # fmt: skip
 
 Cost = Literal["quadratic", "linear"]
 
@@ -94,6 +85,7 @@ class Plan:
         algorithm: the planner's call, for records.
         lengths_sha256: hash of the lengths that were planned; `apply` and `report` refuse others.
 
+    >>> from packlib.plans import fixed_length
     >>> plan = fixed_length([3, 4], max_tokens=5)
     >>> len(plan), plan[0], plan.row_lengths.tolist()
     (2, [Segment(example=0, start=0, stop=3), Segment(example=1, start=0, stop=2)], [5, 2])
@@ -166,7 +158,7 @@ class Plan:
         """The same rows in an order drawn from `seed`."""
         return self.take(np.random.default_rng(seed).permutation(len(self)), f"shuffle(seed={seed})")
 
-    def report(self, lengths: Lengths, layout: Literal["flat", "padded"] = "flat", loss_tokens: Lengths | None = None) -> PlanReport:
+    def report(self, lengths: Lengths, layout: Layout = "flat", loss_tokens: Lengths | None = None) -> PlanReport:
         """Count slots, real, loss and lost tokens of this plan in a layout.
 
         Args:
@@ -175,6 +167,7 @@ class Plan:
             loss_tokens: labels per example that are not -100, integers [examples], taken to be its last ones (prompt,
                 then response). Default: all but the first. A segment's first token never has a label.
 
+        >>> from packlib.plans import shuffled_batches
         >>> report = shuffled_batches([3, 1], batch_size=2).report([3, 1], layout="padded")
         >>> report.slots, report.real_tokens, report.loss_tokens, report.waste
         (6, 4, 2, 1.5)
@@ -190,14 +183,23 @@ class Plan:
         whole = int(((self.start == 0) & (self.stop == lengths[self.example])).sum())
         unlabelled = 1 if loss_tokens is None else (lengths - check_loss_tokens(loss_tokens, lengths))[self.example]
         return PlanReport(
-            algorithm=self.algorithm, layout=layout, examples=int(seen.sum()), rows=rows, slots=slots, real_tokens=real,
+            algorithm=self.algorithm,
+            layout=layout,
+            examples=int(seen.sum()),
+            rows=rows,
+            slots=slots,
+            real_tokens=real,
             loss_tokens=int(np.maximum(self.stop - np.maximum(self.start + 1, unlabelled), 0).sum()),
-            lost_tokens=int(lengths.sum(dtype=np.int64)) - real, fill=real / slots, waste=slots / real,
+            lost_tokens=int(lengths.sum(dtype=np.int64)) - real,
+            fill=real / slots,
+            waste=slots / real,
             capacity_fill=real / (rows * self.max_tokens) if self.max_tokens else None,
             broken_examples=int(seen.sum()) - whole,
             examples_per_row=dict(zip(("p5", "p50", "p95"), np.percentile(self.row_examples, (5, 50, 95)).tolist())),
-            attention_cost=int(costs.sum()), attention_spread=float(costs.max() / costs.mean()), sha256=self.sha256,
-        )  # fmt: skip
+            attention_cost=int(costs.sum()),
+            attention_spread=float(costs.max() / costs.mean()),
+            sha256=self.sha256,
+        )
 
     def balance(self, world_size: int, cost: Cost = "quadratic", seed: int = 0) -> Plan:
         """Interleave rows so that rank r takes rows r, r + world_size, …: equal rows per rank, even costs in every step.
@@ -206,6 +208,7 @@ class Plan:
         of steps, and of ranks in a step, is drawn from `seed`. Where rows do not divide, rows with several examples are
         parted between examples: nothing is lost or repeated. O(rows log rows).
 
+        >>> from packlib.plans import best_fit_decreasing
         >>> plan = best_fit_decreasing([4, 4, 1, 1, 1, 1], max_tokens=4, overflow="error").balance(world_size=2)
         >>> plan.row_costs().reshape(-1, 2).tolist()
         [[2, 2], [16, 16]]
@@ -217,11 +220,15 @@ class Plan:
             counts = np.diff(splits)
             row = int(counts.argmax())
             if counts[row] < 2:
-                raise ValueError(f"{len(self)} rows do not divide by world_size = {world_size}; none has two examples to part")
+                raise ValueError(
+                    f"{len(self)} rows do not divide by world_size = {world_size}; none has two examples to part"
+                )
             splits = np.insert(splits, row + 1, splits[row] + counts[row] // 2)
         plan, rng = replace(self, row_splits=splits), np.random.default_rng(seed)
         steps = rng.permuted(np.argsort(plan.row_costs(cost), kind="stable").reshape(-1, world_size), axis=1)
-        return plan.take(rng.permutation(steps).ravel(), f"balance(world_size={world_size}, cost={cost!r}, seed={seed})")
+        return plan.take(
+            rng.permutation(steps).ravel(), f"balance(world_size={world_size}, cost={cost!r}, seed={seed})"
+        )
 
     def apply(self, dataset: Dataset) -> Dataset:
         """The packed rows as a `datasets.Dataset` that plain TRL trains on. O(tokens).
@@ -231,18 +238,18 @@ class Plan:
         one value per segment. `attention_mask` must be all ones and is left out. `ValueError` for other data than was
         planned; labels or a mask that do not fit are named by example.
         """
-        from packlib.gather import gather_rows
+        from packlib.plans import rows  # datasets and pyarrow are needed here alone
 
-        return gather_rows(self, dataset)
+        self.check_lengths(rows.lengths_of(dataset))
+        return rows.gather(dataset, self.row_splits, self.example, self.start, self.stop, key=self.sha256)
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write an npz with a hash, atomically; returns the path."""
         path = Path(path)
         meta = {name: getattr(self, name) for name in ("max_tokens", "algorithm", "lengths_sha256", "sha256")}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with partial.open("wb") as file:
+        with atomic_write(path, "wb") as file:
             np.savez(file, meta=np.array(json.dumps(meta)), **self._arrays)
-        return partial.replace(path)
+        return path
 
     @classmethod
     def load(cls, path: str | os.PathLike, lengths: Lengths | None = None, max_tokens: int | None = None) -> Plan:
@@ -266,22 +273,3 @@ class Plan:
             expected = f"expected those that were planned (hash {self.lengths_sha256[:12]})"
             raise ValueError(f"lengths of {len(lengths)} examples have hash {actual[:12]}; {expected}")
         return lengths
-
-
-def constant_examples(plan: Plan, examples: int, seed: int = 0) -> tuple[Plan, np.ndarray]:
-    """Group rows into optimiser steps of `examples` segments each, so that packing changes the speed and not the step.
-
-    Rows are packed into steps by best fit, so nearly every step holds exactly `examples`; a row with more has a step of its own and a few
-    steps may hold fewer. Returns the plan in the order of the steps (drawn from `seed`) and step_splits, int64 [steps + 1]: step i is the
-    rows `step_splits[i]` to `step_splits[i + 1]`. O(rows).
-
-    >>> plan = next_fit([1, 1, 1, 3, 3, 3], max_tokens=3, overflow="error", order="sorted")
-    >>> plan, step_splits = constant_examples(plan, examples=3)
-    >>> np.add.reduceat(plan.row_examples, step_splits[:-1]).tolist(), np.diff(step_splits).tolist()
-    ([3, 3], [3, 1])
-    """
-    segments = len(plan.example)
-    if not 1 <= positive("examples", examples) <= segments:
-        raise ValueError(f"examples = {examples}; expected 1 to {segments}, the segments of the plan")
-    steps = best_fit_decreasing(np.minimum(plan.row_examples, examples), examples, overflow="error", seed=seed)
-    return plan.take(steps.example, f"constant_examples({examples}, seed={seed})"), steps.row_splits

@@ -13,13 +13,18 @@ from packlib.lab.corpora import load_corpus
 from packlib.lab.parameters import unknown_name
 from packlib.plans import Plan
 
-Planner = Callable[[np.ndarray, int, int, int], Plan]  # lengths, batch size, capacity, seed; mini-batches have a budget of both multiplied
+Planner = Callable[
+    [np.ndarray, int, int, int], Plan
+]  # lengths, batch size, capacity, seed; mini-batches have a budget of both multiplied
 
 PLANNERS: dict[str, tuple[Planner, str]] = {  # name: planner, layout of its rows
     "shuffled_batches": (lambda n, b, c, s: plans.shuffled_batches(n, b, s), "padded"),
     "length_grouped_batches": (lambda n, b, c, s: plans.length_grouped_batches(n, b, s), "padded"),
     "token_budget": (lambda n, b, c, s: plans.token_budget(n, b * c, overflow="error", seed=s), "padded"),
-    "dynamic_programming": (lambda n, b, c, s: plans.dynamic_programming(n, "padded", max_slots=b * c, overflow="error", seed=s), "padded"),
+    "dynamic_programming": (
+        lambda n, b, c, s: plans.dynamic_programming(n, "padded", max_slots=b * c, overflow="error", seed=s),
+        "padded",
+    ),
     "fixed_length": (lambda n, b, c, s: plans.fixed_length(n, c, s), "flat"),
     "next_fit (random)": (lambda n, b, c, s: plans.next_fit(n, c, overflow="error", seed=s), "flat"),
     "next_fit (sorted)": (lambda n, b, c, s: plans.next_fit(n, c, overflow="error", order="sorted", seed=s), "flat"),
@@ -52,11 +57,15 @@ def capacity_table(lengths: np.ndarray, capacities: Sequence[int]) -> pd.DataFra
     for capacity in capacities:
         kept = np.minimum(lengths, capacity)
         report = plans.best_fit_decreasing(kept, capacity, overflow="error").report(kept)
-        rows.append((capacity, (lengths > capacity).mean(), 1 - kept.sum() / lengths.sum(), report.capacity_fill, report.rows))
+        rows.append(
+            (capacity, (lengths > capacity).mean(), 1 - kept.sum() / lengths.sum(), report.capacity_fill, report.rows)
+        )
     return pd.DataFrame(rows, columns=["max_tokens", "cut_examples", "lost_tokens", "fill", "rows"])
 
 
-def tokenizer_table(corpus: str, tokenizers: Sequence[str], *, batch_size: int, max_tokens: int, limit: int | None = None) -> pd.DataFrame:
+def tokenizer_table(
+    corpus: str, tokenizers: Sequence[str], *, batch_size: int, max_tokens: int, limit: int | None = None
+) -> pd.DataFrame:
     """The same text under several tokenizers: vocabulary, lengths in tokens, padding's waste, tokens lost above `max_tokens`, packed rows."""
     rows = []
     for name in tokenizers:
@@ -66,13 +75,35 @@ def tokenizer_table(corpus: str, tokenizers: Sequence[str], *, batch_size: int, 
         packed = plans.best_fit_decreasing(kept, max_tokens, overflow="error")
         spread = n.std() / n.mean()
         rows.append(
-            (name, loaded.vocab_size, int(n.sum()), n.mean(), np.percentile(n, 99), spread, padded.waste, 1 - kept.sum() / n.sum(), len(packed))
+            (
+                name,
+                loaded.vocab_size,
+                int(n.sum()),
+                n.mean(),
+                np.percentile(n, 99),
+                spread,
+                padded.waste,
+                1 - kept.sum() / n.sum(),
+                len(packed),
+            )
         )
-    columns = ["tokenizer", "vocabulary", "tokens", "mean", "p99", "std / mean", "padding waste", "lost tokens", "packed rows"]
+    columns = [
+        "tokenizer",
+        "vocabulary",
+        "tokens",
+        "mean",
+        "p99",
+        "std / mean",
+        "padding waste",
+        "lost tokens",
+        "packed rows",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
-def planner_table(lengths: np.ndarray, *, batch_size: int, max_tokens: int, seed: int = 0, names: Sequence[str] = tuple(PLANNERS)) -> pd.DataFrame:
+def planner_table(
+    lengths: np.ndarray, *, batch_size: int, max_tokens: int, seed: int = 0, names: Sequence[str] = tuple(PLANNERS)
+) -> pd.DataFrame:
     """Every planner on the same examples: `planner, rows, fill, milliseconds, broken_examples, randomness, attention_spread`."""
     rows = []
     for name in names:
@@ -92,7 +123,9 @@ def planner_table(lengths: np.ndarray, *, batch_size: int, max_tokens: int, seed
                 report.attention_spread,
             )
         )
-    return pd.DataFrame(rows, columns=["planner", "rows", "fill", "milliseconds", "broken_examples", "randomness", "attention_spread"])
+    return pd.DataFrame(
+        rows, columns=["planner", "rows", "fill", "milliseconds", "broken_examples", "randomness", "attention_spread"]
+    )
 
 
 def randomness(plan: Plan, lengths: np.ndarray, tokens: int) -> float:

@@ -1,73 +1,23 @@
-"""Array operations under the planners: check lengths, cut streams, gather rows, and pack a histogram of lengths.
+"""Fit and cut: the algorithms under the planners, on arrays.
 
-Segments are three parallel integer arrays (`example`, `start`, `stop`); rows are `row_splits` into them. `example` and `start` are None where
-each example is one whole segment: at 10^8 examples every array that is not made counts. Nothing here loops over single examples, save the
-dynamic programme.
+Segments are three parallel integer arrays (`example`, `start`, `stop`); rows are `row_splits` into them. `example` and
+`start` are None where each example is one whole segment: at 10^8 examples every array that is not made counts. Nothing
+here loops over single examples, save the dynamic programme.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import chain
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-Lengths = Sequence[int] | np.ndarray
-Overflow = Literal["error", "truncate", "split"]
+from packlib.plans.lengths import Layout, Overflow, index_type, positive
+
 Rule = Literal["best_fit_decreasing", "first_fit_decreasing", "histogram"]
 Segments = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
-
-
-def check_lengths(lengths: Lengths) -> np.ndarray:
-    """`lengths` as int32 [examples]; `ValueError` with the index of what is not an integer of at least 1.
-
-    >>> check_lengths([3, 0])
-    Traceback (most recent call last):
-    ValueError: lengths[1] = 0; expected integers from 1 to 2147483647
-    """
-    array = np.asarray(lengths)
-    if array.ndim != 1 or not array.size:
-        raise ValueError(f"lengths has shape {list(array.shape)}; expected [examples] with at least one example")
-    if array.dtype.kind not in "iu":
-        odd = array != np.floor(array) if array.dtype.kind == "f" else np.array([type(value) is not int for value in list(lengths)])
-        i = int(np.argmax(odd))
-        raise ValueError(f"lengths[{i}] = {list(lengths)[i]!r} in {array.dtype} lengths; expected integers of at least 1")
-    if array.min() < 1 or array.max() > 2**31 - 1:
-        i = int(np.argmax((array < 1) | (array > 2**31 - 1)))
-        raise ValueError(f"lengths[{i}] = {array[i]}; expected integers from 1 to 2147483647")
-    return array.astype(np.int32, copy=False)
-
-
-def check_loss_tokens(loss_tokens: Lengths, lengths: np.ndarray) -> np.ndarray:
-    """`loss_tokens` as integers [examples]; `ValueError` with the index of what is not from 0 to the length less one."""
-    loss_tokens = np.asarray(loss_tokens)
-    if loss_tokens.shape != lengths.shape:
-        raise ValueError(f"loss_tokens has shape {list(loss_tokens.shape)}; expected {list(lengths.shape)}")
-    if (bad := (loss_tokens < 0) | (loss_tokens >= lengths)).any():
-        i = int(np.argmax(bad))
-        raise ValueError(f"loss_tokens[{i}] = {loss_tokens[i]}; expected 0 to {lengths[i] - 1}, for {lengths[i]} tokens")
-    return loss_tokens
-
-
-def hash_lengths(lengths: np.ndarray) -> str:
-    """sha256 of int32 lengths [examples] in little-endian order: what a plan is tied to."""
-    return hashlib.sha256(np.ascontiguousarray(lengths, dtype="<i4").data).hexdigest()
-
-
-def positive(name: str, value: int) -> int:
-    """`value`; `ValueError` unless it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} = {value!r}; expected an integer of at least 1")
-    return value
-
-
-def check_layout(layout: str) -> None:
-    """`ValueError` unless `layout` is padded or flat."""
-    if layout not in ("padded", "flat"):
-        raise ValueError(f"layout = {layout!r}; expected 'padded' or 'flat'")
 
 
 def fit(lengths: np.ndarray, max_tokens: int | None, overflow: Overflow | None) -> Segments:
@@ -161,8 +111,24 @@ def next_fit_splits(size: np.ndarray, max_tokens: int) -> np.ndarray:
     return np.array(splits)
 
 
+class _Group(NamedTuple):
+    """Rows that were filled alike: `rows` of them from number `first` on, each with `taken` examples and `room` tokens."""
+
+    first: int
+    rows: int
+    taken: int
+    room: int
+
+
+_PRIORITY: dict[Rule, Callable[[_Group], int]] = {  # the group that comes first out of a heap
+    "best_fit_decreasing": lambda group: group.room,
+    "first_fit_decreasing": lambda group: group.first,
+    "histogram": lambda group: -group.room,
+}
+
+
 def pack_histogram(
-    counts: np.ndarray, max_tokens: int, rule: Rule = "best_fit_decreasing", max_examples: int | None = None
+    counts: np.ndarray, max_tokens: int, rule: Rule = "best_fit_decreasing"
 ) -> tuple[list[tuple[int, int, int, int]], np.ndarray]:
     """Decreasing-fit packing of `counts[n]` examples of n tokens (n ≤ max_tokens), exact, without looking at examples.
 
@@ -174,74 +140,79 @@ def pack_histogram(
     >>> pack_histogram(np.bincount([4, 3, 1, 1]), max_tokens=5)[0]
     [(0, 1, 1, 0), (1, 1, 1, 0), (0, 1, 1, 1), (1, 1, 1, 1)]
     """
-    order = {"best_fit_decreasing": (1, 0), "first_fit_decreasing": (0, 1), "histogram": (-1, 0)}
-    by_room, by_row = order[rule]
-    ready: list[tuple[int, int, int, int, int]] = []
-    waiting: dict[int, list[tuple[int, int, int]]] = {}
-    full: list[tuple[int, int, int]] = []
+    priority = _PRIORITY[rule]
+    ready: list[tuple[int, _Group]] = []
+    waiting: dict[int, list[_Group]] = {}
+    full: list[_Group] = []
     placements: list[tuple[int, int, int, int]] = []
-    new_row, previous, most = 0, len(counts), max_examples or max_tokens
+    new_row, previous = 0, len(counts)
 
-    def put(first: int, rows: int, taken: int, room: int, length: int) -> None:
-        if not room or taken == most:
-            full.append((first, rows, taken))
-        elif room < length:
-            waiting.setdefault(room, []).append((first, rows, taken))
+    def put(group: _Group, length: int) -> None:
+        if not group.room:
+            full.append(group)
+        elif group.room < length:
+            waiting.setdefault(group.room, []).append(group)
         else:
-            heappush(ready, (by_room * room + by_row * first, first, rows, taken, room))
+            heappush(ready, (priority(group), group))
 
     for length in np.flatnonzero(counts)[::-1].tolist():
+        # 1. Lengths have come down to the room of some groups that waited.
         for room in range(length, previous):
             for group in waiting.pop(room, ()):
-                put(*group, room, length)
+                put(group, length)
         left, previous = int(counts[length]), length
         while left:
+            # 2. Take the group that the rule prefers, or open as many new rows as are needed.
             if ready:
-                _, first, rows, taken, room = heappop(ready)
+                _, group = heappop(ready)
             else:
-                first, taken, room = new_row, 0, max_tokens
-                rows = -(-left // min(room // length, most))
-                new_row += rows
-            each = 1 if rule == "histogram" and taken else min(room // length, most - taken)
-            for n, k in ((min(rows, left // each), each), (1, left % each)):  # and one row takes the rest
-                if n and rows and 0 < k <= left:
-                    placements.append((first, n, k, taken))
-                    put(first, n, taken + k, room - k * length, length)
-                    first, rows, left = first + n, rows - n, left - n * k
-            if rows:
-                put(first, rows, taken, room, length)
+                group = _Group(new_row, -(-left // (max_tokens // length)), 0, max_tokens)
+                new_row += group.rows
+            # 3. Fill each of its rows with as many examples as fit; shortest-pack-first looks again after every one.
+            each = 1 if rule == "histogram" and group.taken else group.room // length
+            # 4. Some rows take all of that, one more takes what is left over, the others stay as they were.
+            for rows, examples in ((min(group.rows, left // each), each), (1, left % each)):
+                if rows and group.rows and 0 < examples <= left:
+                    placements.append((group.first, rows, examples, group.taken))
+                    filled = group.taken + examples, group.room - examples * length
+                    put(_Group(group.first, rows, *filled), length)
+                    group = group._replace(first=group.first + rows, rows=group.rows - rows)
+                    left -= rows * examples
+            if group.rows:
+                put(group, length)
     row_counts = np.empty(new_row, dtype=np.int64)
-    for first, rows, taken in chain(full, (group[1:4] for group in ready), *waiting.values()):
-        row_counts[first : first + rows] = taken
+    for group in chain(full, (group for _, group in ready), *waiting.values()):
+        row_counts[group.first : group.first + group.rows] = group.taken
     return placements, row_counts
 
 
-def cheapest_cuts(size: np.ndarray, padded: bool, costs: tuple[float, float, float], max_slots: int) -> np.ndarray:
+def cheapest_cuts(size: np.ndarray, layout: Layout, cost: Callable[..., np.ndarray], max_slots: int) -> np.ndarray:
     """Row ends (int64, counted over all batches) of the cheapest cut of each batch, by dynamic programming over ends.
 
-    size: float64 [batches, n], ascending in a batch, none above `max_slots`. costs: per row, slot and pair of tokens.
+    size: float64 [batches, n], ascending in a batch, none above `max_slots`. A row costs `cost(slots, pairs=…)`:
+    tokens and Σ n² if `layout` is flat, lines as long as the longest if it is padded.
     """
     batches, n = size.shape
+    padded = layout == "padded"
     tokens, pairs = (np.pad(np.cumsum(x, axis=1), ((0, 0), (1, 0))) for x in (size, size * size))
     best, last = np.zeros((batches, n + 1)), np.zeros((batches, n + 1), dtype=np.int64)
     low = 0  # first begin from which some batch can still reach `end`
     for end in range(1, n + 1):
+        # 1. Slots of a row from every begin to this end; begins that are too far away in every batch are done with.
         longest = size[:, end - 1 : end]
-        used = (end - np.arange(low, end)) * longest if padded else tokens[:, end : end + 1] - tokens[:, low:end]
-        too_many = int((used > max_slots).all(axis=0).argmin())
-        used, low = used[:, too_many:], low + too_many
-        seen = used * longest if padded else pairs[:, end : end + 1] - pairs[:, low:end]
-        total = best[:, low:end] + (costs[0] + costs[1] * used + costs[2] * seen)
-        total[used > max_slots] = np.inf
+        slots = (end - np.arange(low, end)) * longest if padded else tokens[:, end : end + 1] - tokens[:, low:end]
+        too_many = int((slots > max_slots).all(axis=0).argmin())
+        slots, low = slots[:, too_many:], low + too_many
+        # 2. The cheapest way to this end: the cheapest way to some begin, and one row from there.
+        seen = slots * longest if padded else pairs[:, end : end + 1] - pairs[:, low:end]
+        total = best[:, low:end] + cost(slots, pairs=seen)
+        total[slots > max_slots] = np.inf
         last[:, end] = low + np.argmin(total, axis=1)
         best[:, end] = total.min(axis=1)
+    # 3. Walk back from the last end of every batch.
     is_end = np.zeros((batches, n + 1), dtype=bool)
     at = np.full(batches, n)
     while at.any():
         is_end[np.arange(batches), at] = True
         at = last[np.arange(batches), at]
     return np.flatnonzero(is_end[:, 1:]) + 1
-
-
-def index_type(examples: int) -> type:
-    return np.int32 if examples < 2**31 else np.int64

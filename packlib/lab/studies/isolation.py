@@ -1,11 +1,10 @@
 """Which model leaks on which attention in which situation: a matrix that anyone can run again with their version of transformers.
 
-`python -m packlib.lab.isolation_matrix` writes `papermill_runs/isolation/transformers-<version>.json`; the heat map is drawn from it.
+`python -m packlib matrix` writes `papermill_runs/isolation/transformers-<version>.json`; the heat map is drawn from it.
 Every cell is one `check_isolation` of a small model built from its config. Each is judged in float64 too, where rounding is nine orders
 of magnitude below a leak: a verdict in float32 or bfloat16 that differs from it is a false alarm or a miss, and is counted.
 """
 
-import argparse
 import json
 import logging
 import math
@@ -28,8 +27,8 @@ from packlib.attention import flash_stand_in, register_attention
 from packlib.isolation import IsolationReport, check_isolation
 from packlib.lab import figures
 from packlib.lab.records import environment, project_root, write_json
-from packlib.probe import packed_batch
-from packlib.small_models import small_model
+from packlib.isolation.probe import packed_batch
+from packlib.lab.small_models import small_model
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,14 @@ MODELS = (
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "packlib_varlen")
 DTYPES = ("float64", "float32", "bfloat16")
 LENGTHS = (13, 10, 7, 16)  # two rows of 23 tokens; longer than the windows (8) and convolutions (4) of the small models
-VERDICTS = {"exact": "#0173b2", "rounding": "#56b4e9", "shifted": "#ece133", "leak": "#d55e00", "refused": "#949494", "unsupported": "#f2f2f2"}
+VERDICTS = {
+    "exact": "#0173b2",
+    "rounding": "#56b4e9",
+    "shifted": "#ece133",
+    "leak": "#d55e00",
+    "refused": "#949494",
+    "unsupported": "#f2f2f2",
+}
 
 
 def _rows(examples: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -70,7 +76,9 @@ def _without(batch: Mapping[str, Any], *names: str) -> dict[str, Any]:
 SITUATIONS = {
     "FlatteningCollator": packed_batch,
     "position ids alone": _rows,
-    "+ all-ones mask": lambda examples: (batch := _rows(examples)) | {"attention_mask": torch.ones_like(batch["input_ids"])},
+    "+ all-ones mask": lambda examples: (
+        (batch := _rows(examples)) | {"attention_mask": torch.ones_like(batch["input_ids"])}
+    ),
     "+ mask with pads": _padded,
     "two packed rows": _two_rows,
     "cache left on": lambda examples: _without(_rows(examples), "use_cache") | {"use_cache": True},
@@ -84,7 +92,9 @@ def check_cell(model: str, attention: str, situation: str, dtype: str) -> dict[s
     started = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiling FlexAttention for each shape would take minutes
+        stack.enter_context(
+            torch.compiler.set_stance("force_eager")
+        )  # compiling FlexAttention for each shape would take minutes
         if attention == "flash_attention_2":
             stack.enter_context(flash_stand_in())
         try:
@@ -97,7 +107,9 @@ def check_cell(model: str, attention: str, situation: str, dtype: str) -> dict[s
             cell |= {"verdict": report.verdict, "reason": report.reason, "influence": max(off, default=None)}
             cell |= {name: getattr(report, name) for name in ("error", "noise", "scale", "starts_at", "culprit")}
     cell["seconds"] = round(time.perf_counter() - started, 3)
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in cell.items()}
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in cell.items()
+    }
 
 
 def run_matrix(
@@ -125,7 +137,9 @@ def run_matrix(
 
 def disagreements(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Cells that leak while the same cell in float64 does not, or the other way round: false alarms and misses."""
-    leaks = {tuple(c[key] for key in ("model", "attention", "situation", "dtype")): c["verdict"] == "leak" for c in cells}
+    leaks = {
+        tuple(c[key] for key in ("model", "attention", "situation", "dtype")): c["verdict"] == "leak" for c in cells
+    }
     return [
         {"model": m, "attention": a, "situation": s, "dtype": d, "kind": "false alarm" if leak else "miss"}
         for (m, a, s, d), leak in leaks.items()
@@ -133,17 +147,28 @@ def disagreements(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def look(models: Sequence[str], attentions: Sequence[str], situations: Sequence[str], dtype: str = "float32") -> pd.DataFrame:
+def look(
+    models: Sequence[str], attentions: Sequence[str], situations: Sequence[str], dtype: str = "float32"
+) -> pd.DataFrame:
     """A few cells as a table, for a page: one row each, with what an edit moves in another example and where that starts."""
     cells = run_matrix(models, attentions, situations, [dtype])["cells"]
-    frame = pd.DataFrame(cells).reindex(columns=["model", "attention", "situation", "verdict", "influence", "starts_at", "reason"])
+    frame = pd.DataFrame(cells).reindex(
+        columns=["model", "attention", "situation", "verdict", "influence", "starts_at", "reason"]
+    )
     return frame.astype({"influence": float})
 
 
 def styled(frame: pd.DataFrame) -> Any:
     """`look`'s table with its verdicts in the colours of the heat map."""
-    style = frame.drop(columns="reason").rename(columns={"influence": "an edit moves others by", "starts_at": "starts at"}).style.hide()
-    style = style.map(lambda v: f"background-color: {VERDICTS[v]}; color: {'white' if v in ('exact', 'leak') else 'black'}", subset=["verdict"])
+    style = (
+        frame.drop(columns="reason")
+        .rename(columns={"influence": "an edit moves others by", "starts_at": "starts at"})
+        .style.hide()
+    )
+    style = style.map(
+        lambda v: f"background-color: {VERDICTS[v]}; color: {'white' if v in ('exact', 'leak') else 'black'}",
+        subset=["verdict"],
+    )
     return style.format(na_rep="", precision=2)
 
 
@@ -152,7 +177,7 @@ def published(folder: Path | None = None) -> dict[str, Any]:
     folder = folder or project_root() / "papermill_runs" / "isolation"
     found = [json.loads(path.read_text()) for path in folder.glob("transformers-*.json")]
     if not found:
-        raise FileNotFoundError("no published matrix; make one with: python -m packlib.lab.isolation_matrix")
+        raise FileNotFoundError("no published matrix; make one with: python -m packlib matrix")
     return max(found, key=lambda record: record["environment"]["created"])
 
 
@@ -165,7 +190,15 @@ def influence_pictures(reports: Sequence[IsolationReport], titles: Sequence[str]
         ax.imshow(grid > 0, cmap=ListedColormap(["white", VERDICTS["leak"]]), vmin=0, vmax=1)
         ax.imshow(np.where(np.eye(len(grid), dtype=bool), 1, np.nan), cmap=ListedColormap([VERDICTS["exact"]]))
         for (i, j), value in np.ndenumerate(grid):
-            ax.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=11, color="white" if i == j or value > 0 else "black")
+            ax.text(
+                j,
+                i,
+                f"{value:.2g}",
+                ha="center",
+                va="center",
+                fontsize=11,
+                color="white" if i == j or value > 0 else "black",
+            )
         ax.set_xticks(range(len(names)), names)
         ax.set_yticks(range(len(names)), names)
         ax.set(title=title, xlabel="example that is edited", ylabel="example that is watched")
@@ -176,7 +209,9 @@ def influence_pictures(reports: Sequence[IsolationReport], titles: Sequence[str]
 def heat_map(record: Mapping[str, Any], dtype: str = "float32") -> Figure:
     """Model types down, attention and situation across, one colour per verdict; leaks carry a cross as well."""
     cells = [c for c in record["cells"] if c["dtype"] == dtype]
-    models, attentions, situations = (list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "attention", "situation"))
+    models, attentions, situations = (
+        list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "attention", "situation")
+    )
     grid = np.full((len(models), len(attentions) * len(situations)), np.nan)
     for c in cells:
         column = attentions.index(c["attention"]) * len(situations) + situations.index(c["situation"])
@@ -193,31 +228,31 @@ def heat_map(record: Mapping[str, Any], dtype: str = "float32") -> Figure:
     axes.grid(which="minor", color="white", linewidth=1)
     axes.tick_params(which="both", length=0)
     for k, attention in enumerate(attentions):
-        axes.text((k + 0.5) * len(situations) - 0.5, -0.8, attention, ha="center", va="bottom", fontsize=11, weight="bold")
+        axes.text(
+            (k + 0.5) * len(situations) - 0.5, -0.8, attention, ha="center", va="bottom", fontsize=11, weight="bold"
+        )
         axes.axvline(k * len(situations) - 0.5, color="black", linewidth=2)
     shares = ", ".join(f"{a} {sum(c['verdict'] == 'leak' for c in cells if c['attention'] == a)}" for a in attentions)
     version = record["environment"]["transformers"]
-    axes.set_title(f"transformers {version}, {dtype}: packed examples see each other in {int((grid == leaks).sum())} of {len(cells)} cells", pad=26)
-    handles = [Patch(facecolor=color, edgecolor="grey", label=name + (" (×)" if name == "leak" else "")) for name, color in VERDICTS.items()]
+    axes.set_title(
+        f"transformers {version}, {dtype}: packed examples see each other in {int((grid == leaks).sum())} of {len(cells)} cells",
+        pad=26,
+    )
+    handles = [
+        Patch(facecolor=color, edgecolor="grey", label=name + (" (×)" if name == "leak" else ""))
+        for name, color in VERDICTS.items()
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=10, frameon=False)
     figure.alt = f"Heat map of isolation verdicts for {len(models)} model types with transformers {version}. Leaking cells: {shares}."
     return figure
 
 
-def main() -> None:
-    """Run the whole matrix and write its record and figure."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--models", nargs="+", default=MODELS)
-    parser.add_argument("--folder", type=Path, default=project_root() / "papermill_runs" / "isolation")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def publish(models: Sequence[str] = MODELS, folder: Path | None = None) -> str:
+    """Run the matrix, write its record and figure; returns a line about it."""
+    folder = folder or project_root() / "papermill_runs" / "isolation"
     figures.theme()
-    record = run_matrix(arguments.models)
+    record = run_matrix(models)
     name = f"transformers-{transformers.__version__}"
-    write_json(arguments.folder / f"{name}.json", record)
-    heat_map(record).savefig(arguments.folder / f"{name}.png", dpi=110)
-    logger.info("%d cells, %d disagree with float64", len(record["cells"]), len(record["disagreements"]))
-
-
-if __name__ == "__main__":
-    main()
+    write_json(folder / f"{name}.json", record)
+    heat_map(record).savefig(folder / f"{name}.png", dpi=figures.DPI)
+    return f"{len(record['cells'])} cells, {len(record['disagreements'])} disagree with float64: {folder / name}.json"

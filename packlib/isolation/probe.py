@@ -17,7 +17,20 @@ Place = tuple[int, slice]
 # Parts of class names that say what a module carries from one token to the next.
 _CULPRITS = {
     "convolution": ("conv",),
-    "state": ("mamba", "ssm", "mixer", "delta", "rwkv", "recurrent", "rglru", "lstm", "linearattention", "lightning", "retention", "shift"),
+    "state": (
+        "mamba",
+        "ssm",
+        "mixer",
+        "delta",
+        "rwkv",
+        "recurrent",
+        "rglru",
+        "lstm",
+        "linearattention",
+        "lightning",
+        "retention",
+        "shift",
+    ),
     "positions": ("rotary", "position", "alibi", "embedding"),
     "attention": ("attention", "attn"),
 }
@@ -54,9 +67,13 @@ def find_places(input_ids: Tensor, examples: Sequence[Sequence[int]]) -> list[Pl
     places = []
     for i, example in enumerate(examples):
         fits = len(example) <= input_ids.shape[1]
-        found = (input_ids.unfold(1, len(example), 1) == torch.tensor(example)).all(-1).nonzero().tolist() if fits else []
+        found = (
+            (input_ids.unfold(1, len(example), 1) == torch.tensor(example)).all(-1).nonzero().tolist() if fits else []
+        )
         if len(found) != 1:
-            raise ValueError(f"example {i} ({len(example)} tokens) is {len(found)} times in batch_builder's input_ids; expected once")
+            raise ValueError(
+                f"example {i} ({len(example)} tokens) is {len(found)} times in batch_builder's input_ids; expected once"
+            )
         places.append((found[0][0], slice(found[0][1], found[0][1] + len(example))))
     return places
 
@@ -81,7 +98,9 @@ def largest(a: Tensor, b: Tensor | None = None) -> float:
     return value if value == value else float("inf")
 
 
-def input_gradients(model: nn.Module, batch: Mapping[str, Any], places: Sequence[Place], seed: int = 0) -> list[list[float]] | None:
+def input_gradients(
+    model: nn.Module, batch: Mapping[str, Any], places: Sequence[Place], seed: int = 0
+) -> list[list[float]] | None:
     """[watched][moved]: gradient of a random projection of one example's logits with respect to another's embeddings, largest value
     relative to its own. None where the attention has no backward (FlexAttention on a CPU)."""
     leaves: list[Tensor] = []
@@ -116,12 +135,16 @@ def _per_token(output: Any, batch: int, length: int) -> Tensor | None:
         return output.expand(batch, *output.shape[1:])
     if output.ndim >= 1 and output.shape[0] == batch * length:
         return output.unflatten(0, (batch, length))
-    if output.ndim == 3 and output.shape[0] == batch and length <= output.shape[2] <= length + 8:  # convolutions: [B, C, T + kernel]
+    if (
+        output.ndim == 3 and output.shape[0] == batch and length <= output.shape[2] <= length + 8
+    ):  # convolutions: [B, C, T + kernel]
         return output[..., :length].transpose(1, 2)
     return None
 
 
-def _trace(model: nn.Module, batch: Mapping[str, Any], place: Place) -> list[tuple[str, nn.Module, Tensor | None, Tensor | None]]:
+def _trace(
+    model: nn.Module, batch: Mapping[str, Any], place: Place
+) -> list[tuple[str, nn.Module, Tensor | None, Tensor | None]]:
     """Inputs and outputs of every module at one example's place, in the order in which modules finish."""
     seen: list[tuple[str, nn.Module, Tensor | None, Tensor | None]] = []
     rows, length = batch["input_ids"].shape

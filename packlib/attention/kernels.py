@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from packlib.boundaries import segment_lengths
+from packlib.attention.cu_seqlens import segment_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,9 @@ def _sdpa_segments(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     if window is None or window >= n:
         return F.scaled_dot_product_attention(q, k, v, is_causal=call.causal, **options)
     position, out = torch.arange(n, device=q.device), []
-    for start in range(0, n, window):  # blocks of queries with the keys their window reaches: no mask above window × 3 window
+    for start in range(
+        0, n, window
+    ):  # blocks of queries with the keys their window reaches: no mask above window × 3 window
         stop = min(start + window, n)
         first, last = max(0, start - window + 1), stop if call.causal else min(n, stop + window - 1)
         mask = call.visible(position[start:stop, None], position[first:last])
@@ -125,7 +127,9 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     if "window_size" in known:
         options["window_size"] = call.sides  # the default is (-1, -1): not causal
     elif call.window is not None:
-        raise NotImplementedError(f"torch_varlen of PyTorch {torch.__version__} has no window (2.11 has); use flex or sdpa")
+        raise NotImplementedError(
+            f"torch_varlen of PyTorch {torch.__version__} has no window (2.11 has); use flex or sdpa"
+        )
     else:
         options["is_causal"] = call.causal
     if q.shape[1] != k.shape[1]:
@@ -162,7 +166,9 @@ def _half_on_ampere(device: torch.device, dtype: torch.dtype) -> str:
         return f"needs a CUDA device, not {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return "" if torch.cuda.get_device_capability(device) >= (8, 0) else "needs compute capability 8.0 (Ampere) or later"
+    return (
+        "" if torch.cuda.get_device_capability(device) >= (8, 0) else "needs compute capability 8.0 (Ampere) or later"
+    )
 
 
 def _anywhere(device: torch.device, dtype: torch.dtype) -> str:
@@ -192,7 +198,9 @@ class Kernel:
 KERNELS: MappingProxyType[str, Kernel] = MappingProxyType(
     {
         "flash_attn": Kernel(_flash_attn, _has_flash_attn, True, "one launch; the flash-attn package"),
-        "torch_varlen": Kernel(_torch_varlen, _has_torch_varlen, False, "one launch; PyTorch's copy of the flash kernel"),
+        "torch_varlen": Kernel(
+            _torch_varlen, _has_torch_varlen, False, "one launch; PyTorch's copy of the flash kernel"
+        ),
         "sdpa": Kernel(_sdpa, _anywhere, False, "one call per segment, no mask; lengths on the host"),
         "flex": Kernel(_flex, _anywhere, True, "compiled; one block mask per batch; on a CPU forward only"),
         "reference": Kernel(_reference, _anywhere, True, "dense T × T scores; the yardstick, also in float64"),
@@ -210,7 +218,10 @@ def kernel_table(device: str | torch.device | None = None, dtype: torch.dtype | 
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     reasons = {name: kernel.missing(device, dtype) for name, kernel in KERNELS.items()}
     columns = ("kernel", "works", "why_not", "softcap", "trade")
-    return [dict(zip(columns, (name, not why, why, KERNELS[name].softcap, KERNELS[name].trade))) for name, why in reasons.items()]
+    return [
+        dict(zip(columns, (name, not why, why, KERNELS[name].softcap, KERNELS[name].trade)))
+        for name, why in reasons.items()
+    ]
 
 
 @cache
@@ -280,14 +291,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     flat = q.ndim == k.ndim == v.ndim == 3 and len(q) == len(k) == len(v)
     if not flat or k.shape[1] != v.shape[1] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"query, key, value have shapes {shapes}; expected [T, H, D], [T, Hkv, D], [T, Hkv, Dv], H = n · Hkv")
+        raise ValueError(
+            f"query, key, value have shapes {shapes}; expected [T, H, D], [T, Hkv, D], [T, Hkv, Dv], H = n · Hkv"
+        )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"query, key, value have dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected one")
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device:
         actual = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
         raise ValueError(f"cu_seqlens is {actual}; expected torch.int32 [segments + 1] on {q.device}")
     if not isinstance(max_seqlen, int):
-        raise ValueError(f"max_seqlen is a {type(max_seqlen).__name__}; expected an int: a tensor would synchronise every layer")
+        raise ValueError(
+            f"max_seqlen is a {type(max_seqlen).__name__}; expected an int: a tensor would synchronise every layer"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window = {window}; expected at least 1, or None")
     if q.device.type != "cpu":  # reading values would synchronise; they come from lengths that the collator has checked

@@ -58,11 +58,17 @@ def small_config(model_type: str) -> PretrainedConfig:
     settable = [n for n in _SIZES if hasattr(default, n) and not isinstance(getattr(type(default), n, None), property)]
     if "layer_types" in vars(default):
         settable.append("layer_types")
-    dropouts = {n: 0.0 for n in vars(default) if ("dropout" in n or "pdrop" in n) and isinstance(getattr(default, n), float)}
-    return AutoConfig.for_model(model_type, **{n: _SIZES.get(n) for n in settable} | dropouts | _PER_TYPE.get(model_type, {}))
+    dropouts = {
+        n: 0.0 for n in vars(default) if ("dropout" in n or "pdrop" in n) and isinstance(getattr(default, n), float)
+    }
+    return AutoConfig.for_model(
+        model_type, **{n: _SIZES.get(n) for n in settable} | dropouts | _PER_TYPE.get(model_type, {})
+    )
 
 
-def small_model(model_type: str, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def small_model(
+    model_type: str, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
     """A causal language model (or encoder) of `model_type` from `small_config`, on the CPU, in eval mode; one seed, one set of weights.
 
     Weights of linear layers and embeddings are drawn so that activations are of order one: with transformers' own initialisation a
@@ -71,7 +77,9 @@ def small_model(model_type: str, attn_implementation: str | None = None, dtype: 
     config = small_config(model_type)
     if dtype == torch.float64:
         config._experts_implementation = "eager"  # the grouped matrix product has no float64
-    auto = AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _encoder(config) else AutoModel
+    auto = (
+        AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _encoder(config) else AutoModel
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32)
@@ -96,4 +104,6 @@ def load_model(name: str, attn_implementation: str | None, dtype: torch.dtype) -
     try:
         return AutoModelForCausalLM.from_pretrained(name, attn_implementation=attn_implementation, dtype=dtype).eval()
     except OSError as error:
-        raise OSError(f"{name!r} is no folder here, no model_type of transformers, and the Hub did not give it: {error}") from None
+        raise OSError(
+            f"{name!r} is no folder here, no model_type of transformers, and the Hub did not give it: {error}"
+        ) from None

@@ -1,0 +1,197 @@
+"""What a run is: everything its result depends on, besides code, data and machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+from transformers import SchedulerType
+
+from packlib.attention import KERNELS
+from packlib.lab import records
+from packlib.lab.parameters import check_parameters, unknown_name
+from packlib.lab.strategies import get_strategy
+from packlib.losses import WEIGHTINGS
+
+DTYPES = ("float32", "bfloat16", "bf16_mixed")
+OVERFLOW = ("error", "truncate", "split")
+LOSSES = ("full", "response")
+KERNEL_NAMES = ("auto", *KERNELS, "transformers_sdpa", "transformers_eager", "transformers_flash")
+
+
+@dataclass(frozen=True)
+class Rig:
+    """How a step is executed. The default is what a plain SFTTrainer does: eager layers, everything kept for backward.
+
+    recompute: `none`, or `all`: every layer's activations are computed again in backward (gradient checkpointing).
+    liger: Liger's fused norms, rotary embeddings and gated MLPs (package liger-kernel, on a GPU).
+    """
+
+    recompute: str = "none"
+    liger: bool = False
+
+    def __post_init__(self) -> None:
+        check_parameters(asdict(self), _defaults(self))
+        if self.recompute not in ("none", "all"):
+            raise unknown_name("recompute", self.recompute, ("none", "all"))
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything a run's result depends on, besides code, data and machine.
+
+    batch_size: examples per mini-batch (padding, minibatch_packing, …) or rows of `max_tokens` per micro-batch (fixed
+        length); rows of batch_size × max_tokens are one micro-batch where a strategy plans whole batches (multipack).
+    steps: optimiser steps, passing over the plan as often as needed; None: `epochs` passes.
+    warmup_steps: first steps left out of every timing. repeat: distinguishes repetitions of one measurement.
+    kernel: one of `packlib.attention.KERNELS` or `auto`, through `packlib_varlen`; or `transformers_sdpa`,
+        `transformers_eager`, `transformers_flash`: transformers' own attention, the last with the flash-attn package or
+        a stand-in for its kernel.
+    dtype: `float32`; `bfloat16` (weights, gradients and optimiser states); `bf16_mixed` (float32 weights under
+        autocast).
+    weighting: `per_token` or `per_example`. loss: `full` or `response`. overflow: what happens to examples above
+        max_tokens.
+    eval_examples: size of the held-out set (0: none), evaluated at the end and every `eval_every` steps. atom_size: for
+        fixed_length.
+    examples_per_step: group rows so that optimiser steps hold about this many examples. layers: toy depth instead of
+        the published one.
+    generate_examples: evaluation examples whose final answer is generated and compared.
+    rig: how a step is executed; a mapping of its fields is as good.
+
+    Raises `ValueError` or `TypeError` naming the field, for what cannot be.
+    """
+
+    model: str = "tiny-llama"
+    corpus: str = "pydocs"
+    strategy: str = "padding"
+    tokenizer: str = "bpe"
+    batch_size: int = 4
+    max_tokens: int = 1024
+    gradient_accumulation: int = 1
+    steps: int | None = None
+    epochs: float = 1.0
+    warmup_steps: int = 3
+    limit: int | None = None
+    overflow: str = "truncate"
+    loss: str = "full"
+    weighting: str = "per_token"
+    seed: int = 0
+    repeat: int = 0
+    kernel: str = "auto"
+    dtype: str = "float32"
+    learning_rate: float = 1e-3
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    weight_decay: float = 0.0
+    eval_examples: int = 0
+    eval_every: int | None = None
+    generate_examples: int = 0
+    atom_size: int | None = None
+    examples_per_step: int | None = None
+    layers: int | None = None
+    world_size: int = 1
+    rig: Rig = field(default_factory=Rig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rig, Mapping):
+            object.__setattr__(self, "rig", Rig(**self.rig))
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in check_parameters(given, _defaults(self)).items():
+            object.__setattr__(self, name, value)  # an int for a float is that float: the same run, the same id
+        get_strategy(self.strategy)
+        choices = {
+            "dtype": DTYPES,
+            "overflow": OVERFLOW,
+            "loss": LOSSES,
+            "weighting": WEIGHTINGS,
+            "kernel": KERNEL_NAMES,
+            "lr_scheduler": [kind.value for kind in SchedulerType],
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        _check_numbers(self)
+
+    @property
+    def corpus_options(self) -> dict[str, Any]:
+        """What `load_corpus` is asked for, besides name and split."""
+        names = ("tokenizer", "loss", "limit", "max_tokens", "overflow")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def spec_id(self) -> str:
+        """Twelve hex digits for what differs from the defaults: a new field with a default leaves every id as it was."""
+        return records.run_id(_differences(self, RunSpec()))
+
+
+OPTIONAL = {
+    "steps",
+    "limit",
+    "eval_every",
+    "atom_size",
+    "examples_per_step",
+    "layers",
+}  # integers of at least 1, or None
+AT_LEAST_ONE = OPTIONAL | {"batch_size", "max_tokens", "gradient_accumulation", "world_size"}
+AT_LEAST_ZERO = {
+    "warmup_steps",
+    "seed",
+    "repeat",
+    "lr_warmup_steps",
+    "eval_examples",
+    "generate_examples",
+    "weight_decay",
+    "learning_rate",
+}
+
+
+def _check_numbers(spec: RunSpec) -> None:
+    for name in sorted(AT_LEAST_ONE):
+        value = getattr(spec, name)
+        if value is None and name in OPTIONAL:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            also = " or None" if name in OPTIONAL else ""
+            raise ValueError(f"{name} = {value!r}; expected an integer of at least 1{also}")
+    for name in sorted(AT_LEAST_ZERO):
+        value = getattr(spec, name)
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} = {value!r}; expected a finite number of at least 0")
+    if not math.isfinite(spec.epochs) or spec.epochs <= 0:
+        raise ValueError(f"epochs = {spec.epochs!r}; expected a finite number above 0")
+    if spec.steps is not None and spec.warmup_steps >= spec.steps:
+        raise ValueError(
+            f"warmup_steps = {spec.warmup_steps} leaves nothing of steps = {spec.steps} to measure; expected fewer"
+        )
+    if spec.eval_every is not None and not spec.eval_examples:
+        raise ValueError(f"eval_every = {spec.eval_every} with eval_examples = 0; expected a held-out set to evaluate")
+
+
+def _defaults(value: Any) -> dict[str, Any]:
+    """Field -> its default, which has the type that a value must have (None: any)."""
+    return {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(value)}
+
+
+def _differences(value: Any, default: Any) -> dict[str, Any]:
+    """Fields of a dataclass that differ from those of `default`; of dataclasses among them, their own differences."""
+    found = {}
+    for f in fields(value):
+        mine, usual = getattr(value, f.name), getattr(default, f.name)
+        if mine != usual:
+            found[f.name] = _differences(mine, usual) if is_dataclass(mine) else mine
+    return found
+
+
+def grid(base: RunSpec, **axes: Iterable[Any]) -> list[RunSpec]:
+    """Every combination of the axes over `base`, the last axis fastest.
+
+    >>> [s.strategy + str(s.seed) for s in grid(RunSpec(), seed=[0, 1], strategy=["padding", "minibatch_packing"])]
+    ['padding0', 'minibatch_packing0', 'padding1', 'minibatch_packing1']
+    """
+    specs = [base]
+    for name, values in axes.items():
+        values = list(values)
+        specs = [replace(spec, **{name: value}) for spec in specs for value in values]
+    return specs
