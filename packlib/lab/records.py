@@ -121,16 +121,21 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def load_records(folder: Path | Iterable[Path]) -> pd.DataFrame:
-    """One row per run. Spec fields keep their names; the rest are dotted (`plan.fill`, `metrics.tokens_per_s.mean`). Traces are left out."""
+    """One row per run; traces are left out. Spec fields keep their names (`strategy`, `rig.recompute`), others are dotted.
+
+    Examples are `plan.fill` and `metrics.tokens_per_s.mean`. A run that says nothing of others had the device alone.
+    """
     folders = [folder] if isinstance(folder, Path) else list(folder)
     rows = []
     for record in (r for f in folders for r in read_records(f)):
         rest = {key: record.get(key) for key in ("run_id", "status", "error", "environment", "plan", "metrics")}
-        rest["environment"] = {"concurrent_runs": 1} | rest[
-            "environment"
-        ]  # older records are of runs that had the device to themselves
-        rows.append(record["spec"] | pd.json_normalize(rest).iloc[0].to_dict())
+        rest["environment"] = {"concurrent_runs": 1} | rest["environment"]
+        rows.append(_dotted(record["spec"]) | _dotted(rest))
     return pd.DataFrame(rows)
+
+
+def _dotted(value: Mapping[str, Any]) -> dict[str, Any]:
+    return pd.json_normalize(dict(value)).iloc[0].to_dict()
 
 
 def environment(data_sha256: str | None = None) -> dict[str, Any]:
