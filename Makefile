@@ -22,6 +22,9 @@ reproduce: $(READY)
 
 test: $(READY)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy packlib
+	$(PYTHON) -c 'from importlinter.cli import lint_imports_command as lint; lint(["--no-logo"])'
 	$(PYTHON) -m pytest
 
 lab: $(READY)

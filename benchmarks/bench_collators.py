@@ -37,4 +37,6 @@ def measure(total: int = 32_768, seed: int = 0) -> dict[str, float]:
 
 if __name__ == "__main__":
     for kind, ratio in measure().items():
-        print(f"collate 32,768 tokens from {kind:6}: {ratio:6.1f} x faster than DataCollatorWithFlattening, same tensors")
+        print(
+            f"collate 32,768 tokens from {kind:6}: {ratio:6.1f} x faster than DataCollatorWithFlattening, same tensors"
+        )

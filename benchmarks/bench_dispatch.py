@@ -1,7 +1,7 @@
-"""Operators that a packed training step launches: packlib's attention against transformers' flash dispatch of TRL's padding_free batch.
+"""Operators that a packed step launches: packlib's attention against transformers' flash dispatch (TRL padding_free).
 
-Both call the same kernel on a CPU, so that the difference is what the two routes do around it. Short steps last as long as the host needs to
-launch them.
+Both call the same kernel on a CPU, so that the difference is what the two routes do around it. Short steps last as long
+as the host needs to launch them.
 """
 
 import torch
@@ -14,8 +14,14 @@ from packlib.collators import FlatteningCollator
 
 
 def operators(attn_implementation: str, batch: dict) -> int:
-    """`aten` calls of a second forward and backward pass, with gradient checkpointing, of a Mistral of Mistral-7B's depth."""
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 512}
+    """`aten` calls of a second forward and backward pass, with gradient checkpointing, at Mistral-7B's depth."""
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    }
     config = MistralConfig(num_hidden_layers=32, sliding_window=4096, **shape)
     model = MistralForCausalLM._from_config(config, attn_implementation=attn_implementation)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -31,7 +37,10 @@ def measure(lengths: tuple[int, ...] = (15, 23, 18, 19)) -> dict[str, int]:
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     with flash_stand_in("sdpa"):
         theirs = operators("flash_attention_2", collate(examples))
-    return {"packlib_varlen": operators(register_attention("sdpa"), FlatteningCollator()(examples)), "TRL padding_free": theirs}
+    return {
+        "packlib_varlen": operators(register_attention("sdpa"), FlatteningCollator()(examples)),
+        "TRL padding_free": theirs,
+    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Planning speed and quality, as ratios measured in one run: `python benchmarks/bench_plans.py [--largest 8]`.
 
-Lengths are lognormal (mean 200, sigma 1, at most 4096). The curve runs each size in a process of its own, for its peak memory.
+Lengths are lognormal (mean 200, sigma 1, at most 4096). The curve runs each size in a process of its own, for its peak
+memory.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import time
 
 import numpy as np
 
-from packlib.plans.planners import best_fit_decreasing, first_fit_decreasing, histogram, next_fit
 from packlib.plans.packing import count, pack_histogram
+from packlib.plans.planners import best_fit_decreasing, first_fit_decreasing, histogram, next_fit
 
 CAPACITY = 4096
 
@@ -60,13 +61,16 @@ def against_trl(per_example: float) -> None:
     logging.disable(logging.WARNING)
     lengths = lognormal(50_000)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32)
-    dataset = datasets.Dataset(pa.table({"input_ids": pa.ListArray.from_arrays(offsets, np.arange(offsets[-1], dtype=np.int32))}))
+    dataset = datasets.Dataset(
+        pa.table({"input_ids": pa.ListArray.from_arrays(offsets, np.arange(offsets[-1], dtype=np.int32))})
+    )
     for name, map_kwargs in (("as called", {}), ("all at once", {"batch_size": None})):
         theirs, seconds = timed(pack_dataset, dataset, CAPACITY, "bfd", map_kwargs)
         ratio = seconds / len(lengths) / per_example
         report(f"best fit against trl.pack_dataset {name}, per example", f"{ratio:.0f} x", "at least 50 x", ratio >= 50)
         ours, whole = timed(lambda: best_fit_decreasing(lengths, CAPACITY, overflow="error").apply(dataset))
-        print(f"    with the tokens moved (plan and apply): {seconds / whole:.1f} x; rows {len(ours)} against {len(theirs)}")
+        rows = f"rows {len(ours)} against {len(theirs)}"
+        print(f"    with the tokens moved (plan and apply): {seconds / whole:.1f} x; {rows}")
 
 
 def histogram_of_16_million() -> None:
@@ -75,7 +79,12 @@ def histogram_of_16_million() -> None:
         timed(lambda: pack_histogram(count(lengths), CAPACITY, "histogram")),
         timed(histogram, lengths, CAPACITY, overflow="error"),
     )
-    report("histogram packing, 16 million lengths, histogram to pack shapes", f"{packing:.2f} s", "at most 0.1 s", packing <= 0.1)
+    report(
+        "histogram packing, 16 million lengths, histogram to pack shapes",
+        f"{packing:.2f} s",
+        "at most 0.1 s",
+        packing <= 0.1,
+    )
     report("histogram packing, 16 million lengths, with assignment", f"{whole:.2f} s", "at most 4 s", whole <= 4)
 
 
@@ -87,15 +96,22 @@ def balance() -> None:
         return costs.max(axis=1).sum() / costs.mean(axis=1).sum()
 
     before, after = slowest(plan), slowest(plan.balance(8))
-    report(f"8 ranks, slowest over mean attention cost (unbalanced {before:.2f})", f"{after:.3f}", "at most 1.05", after <= 1.05)
+    report(
+        f"8 ranks, slowest over mean attention cost (unbalanced {before:.2f})",
+        f"{after:.3f}",
+        "at most 1.05",
+        after <= 1.05,
+    )
 
 
 def curve(largest: int) -> None:
-    """Seconds and peak memory of best fit for 10^4 to 10^largest lengths, and for the largest the share of linear time."""
+    """Seconds and peak memory of best fit for 10^4 to 10^largest lengths; whether the largest takes linear time."""
     print(f"    {'lengths':>12} {'seconds':>9} {'ns each':>9} {'peak GiB':>9}")
     nanoseconds, peak = {}, 0.0
     for power in range(4, largest + 1):
-        out = subprocess.run([sys.executable, __file__, "--size", str(10**power)], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, __file__, "--size", str(10**power)], capture_output=True, text=True, check=True
+        ).stdout
         seconds, peak = map(float, out.split())
         nanoseconds[power] = seconds / 10**power * 1e9
         print(f"    {10**power:12,} {seconds:9.3f} {nanoseconds[power]:9.0f} {peak:9.2f}", flush=True)

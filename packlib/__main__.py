@@ -10,7 +10,9 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m packlib", description="Padding versus packing: measure, plan, prove.")
     commands = top.add_subparsers(required=True, metavar="command")
 
-    def command(function, text: str) -> argparse.ArgumentParser:
+    def command(function: Callable[[argparse.Namespace], str], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(function.__name__.strip("_"), help=text, description=text)
         sub.set_defaults(command=function)
         return sub
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("model", metavar="MODEL", help="Hub name, local path, or a model_type of transformers (built small)")
     add("--attention", help="attn_implementation; flash_attention_2 runs without the flash-attn package")
     add("--kernel", help="run on this kernel of packlib, through packlib_varlen; auto picks one")
-    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
+    add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"], help="default: float32")
     add("--device", help="default: the GPU if there is one")
     add("--json", action="store_true", help="print the whole report as JSON")
     add("--strict", action="store_true", help="fail on a leak")
@@ -121,7 +123,8 @@ def _isolation(arguments: argparse.Namespace) -> str:
         if arguments.attention == "flash_attention_2":
             stack.enter_context(flash_stand_in())
         dtype = getattr(torch, arguments.dtype)
-        model = load_model(arguments.model, arguments.attention, dtype).to(device)
+        model: Any = load_model(arguments.model, arguments.attention, dtype)
+        model.to(device)
         report = check_isolation(model, kernel=arguments.kernel)
     text = json.dumps(report.to_dict(), indent=1) if arguments.json else str(report)
     if arguments.strict and report.verdict == "leak":

@@ -1,9 +1,11 @@
 """Rows of a plan -> one model batch. The only module that knows Hugging Face's key names.
 
-`FlatteningCollator` lays rows end to end, [1, T], with position ids that restart and boundaries as `cu_seqlens`: no slot is spent on
-padding and no attention mask exists. `PaddingCollator` lays every example on a line of its own, [B, T], with a mask.
-Both compute everything on the host, in numpy, with a fixed number of array operations for any number of tokens: guessing the boundaries
-later, from position ids on the device, costs one synchronisation in every layer.
+`FlatteningCollator` lays rows end to end, [1, T], with position ids that restart and boundaries as `cu_seqlens`: no
+slot is spent on padding and no attention mask exists. `PaddingCollator` lays every example on a line of its own,
+[B, T], with a mask. Both compute everything on the host, in numpy, with a fixed number of array operations for any
+number of tokens: guessing the boundaries later, from position ids on the device, costs one synchronisation a layer.
+
+Features may be single examples or packed rows, ours or anybody's: `packlib.columns` says which columns are read.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
-IGNORE_INDEX = -100
+from packlib.columns import BOUNDARIES, IGNORE_INDEX, LOSS_MASKS, lost_boundaries, refuse, segments_of
+
+__all__ = ["IGNORE_INDEX", "FlatteningCollator", "PaddingCollator"]
+
 Feature = Mapping[str, Any]
 
 
@@ -25,20 +30,31 @@ class FlatteningCollator:
     """Concatenate features into one [1, T] batch whose segments do not see each other (arXiv 2407.09105, §3.4).
 
     Args:
-        boundary: `"segment"`: attention stops at every example ("PosID"). `"row"`: only at every feature, so the examples inside a packed
-            row see each other; contaminated on purpose, the paper's FixedLengthPacking.
-        pad_to_multiple_of: appends one trailing segment of `pad_token_id` with labels -100, so that T is a multiple of it.
+        boundary: `"segment"`: attention stops at every example ("PosID"). `"row"`: only at every feature, so the
+            examples inside a packed row see each other; contaminated on purpose, the paper's FixedLengthPacking.
+        pad_to_multiple_of: appends one trailing segment of `pad_token_id` with labels -100, so that T is a multiple.
         pad_token_id: what that segment is filled with.
+        pad_segments_to: empty segments at the end make so many of them, so that `cu_seqlens` has one shape.
+        max_seqlen_multiple_of: rounds `max_length_q` up, so that it has few values.
+        position_ids_start: position of an example's first token (RoBERTa and its like: pad_token_id + 1).
 
-    Each feature has `input_ids` (list or integer array [n]), optionally `labels` ([n]; default: `input_ids`), `seq_lengths` (lengths of the
-    examples inside it, summing to n; default: [n]) and `attention_mask` (accepted only if it is all ones). Inputs are not changed.
+    Each feature has `input_ids` (list or integer array [n]) and optionally
+    - `labels` ([n]; one for each token, -100 for none), or masks that make them: `completion_mask`, `assistant_masks`,
+      `loss_mask` ([n], all of them 1 where a token carries loss; with `labels` they are ignored). Default: `input_ids`;
+    - boundaries, if it is packed already: `seq_lengths` (summing to n), `position_ids` that restart, `seq_idx` or
+      `segment_ids`, `cu_seqlens`; several must agree. Default: one segment;
+    - `attention_mask`, accepted only if it is all ones.
+    Inputs are not changed.
 
-    Returns a dict of `input_ids`, `labels`, `position_ids` int64 [1, T]; `seq_idx` int32 [1, T] (segment number of each token);
-    `cu_seq_lens_q`, `cu_seq_lens_k` int32 [segments + 1] (one tensor); `max_length_q`, `max_length_k` int. Never an attention_mask:
-    with one, transformers takes the mask and drops the boundaries. All tensors on the CPU. O(T), no per-token Python for arrays.
+    Returns a dict of `input_ids`, `labels`, `position_ids` int64 [1, T]; `seq_idx` int32 [1, T] (segment number of each
+    token); `cu_seq_lens_q`, `cu_seq_lens_k` int32 [segments + 1] (one tensor); `max_length_q`, `max_length_k` int; and,
+    where there are pads, `pad_tokens` int, their number. Never an attention_mask: with one, transformers takes the mask
+    and drops the boundaries. All tensors on the CPU. O(T), no per-token Python for arrays.
 
-    Raises `ValueError`, naming the feature's index: no tokens, labels or seq_lengths that do not fit, a mask with zeros, tokens that are
-    not a flat list of integers.
+    Raises `ValueError`, naming the feature's index: no tokens, labels or boundaries that do not fit or contradict each
+    other, a mask with zeros, tokens that are not a flat list of integers, columns that change the result and cannot be
+    honoured (other modalities, weights, classes), and a row whose labels show that it was packed, but whose boundaries
+    somebody dropped.
 
     >>> batch = FlatteningCollator()([{"input_ids": [10, 11, 12, 13]}, {"input_ids": [20, 21, 22]}])
     >>> batch["input_ids"].tolist(), batch["labels"].tolist()
@@ -50,39 +66,63 @@ class FlatteningCollator:
     boundary: Literal["segment", "row"] = "segment"
     pad_to_multiple_of: int | None = None
     pad_token_id: int = 0
+    pad_segments_to: int | None = None
+    max_seqlen_multiple_of: int | None = None
+    position_ids_start: int = 0
 
     def __post_init__(self) -> None:
         if self.boundary not in ("segment", "row"):
             raise ValueError(f"boundary = {self.boundary!r}; expected 'segment' or 'row'")
-        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of = {self.pad_to_multiple_of}; expected at least 1")
+        for name in ("pad_to_multiple_of", "pad_segments_to", "max_seqlen_multiple_of"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}; expected at least 1")
+        if self.position_ids_start < 0:
+            raise ValueError(f"position_ids_start = {self.position_ids_start}; expected at least 0")
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor | int]:
-        tokens, labels, row_lengths, segment_lengths = _concatenate(features)
-        lengths = segment_lengths if self.boundary == "segment" else row_lengths
-        if self.pad_to_multiple_of and (tail := -len(tokens) % self.pad_to_multiple_of):
+        rows = _concatenate(features, self.position_ids_start)
+        tokens, labels = rows.tokens, rows.labels
+        lengths = rows.segments if self.boundary == "segment" else rows.lengths
+        # 1. The first label of every example goes, then pads make one more segment.
+        labels[np.cumsum(rows.segments) - rows.segments] = IGNORE_INDEX
+        if tail := -len(tokens) % (self.pad_to_multiple_of or 1):
             tokens = np.concatenate([tokens, np.full(tail, self.pad_token_id)])
             labels = np.concatenate([labels, np.full(tail, IGNORE_INDEX)])
             lengths = np.append(lengths, tail)
-            segment_lengths = np.append(segment_lengths, tail)
-        labels[np.cumsum(segment_lengths) - segment_lengths] = IGNORE_INDEX
+        # 2. Everything that says where segments end.
         ends = np.cumsum(lengths)
         seq_idx = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        position_ids = np.arange(len(tokens)) - np.repeat(ends - lengths, lengths)
-        cu_seqlens = torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32))
+        position_ids = np.arange(len(tokens)) - np.repeat(ends - lengths - self.position_ids_start, lengths)
+        cu_seqlens = torch.from_numpy(np.concatenate([[0], ends, self._empty_segments(ends)]).astype(np.int32))
         max_seqlen = int(lengths.max())
-        batch = {"input_ids": tokens, "labels": labels, "position_ids": position_ids, "seq_idx": seq_idx}
-        return {name: torch.from_numpy(array)[None] for name, array in batch.items()} | {
-            "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": max_seqlen, "max_length_k": max_seqlen,
-        }  # fmt: skip
+        max_seqlen += -max_seqlen % (self.max_seqlen_multiple_of or 1)
+        arrays = {"input_ids": tokens, "labels": labels, "position_ids": position_ids, "seq_idx": seq_idx}
+        batch: dict[str, torch.Tensor | int] = {name: torch.from_numpy(flat)[None] for name, flat in arrays.items()}
+        batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = cu_seqlens
+        batch["max_length_q"] = batch["max_length_k"] = max_seqlen
+        if tail:
+            batch["pad_tokens"] = tail
+        return batch
+
+    def _empty_segments(self, ends: np.ndarray) -> np.ndarray:
+        """Ends of the segments that are missing: where the last one ends."""
+        if self.pad_segments_to is None:
+            return ends[:0]
+        if len(ends) > self.pad_segments_to:
+            raise ValueError(
+                f"the batch has {len(ends)} segments; expected at most pad_segments_to = {self.pad_segments_to}"
+            )
+        return np.full(self.pad_segments_to - len(ends), ends[-1])
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
     """Give every example a line of its own, padded on the right to the longest: the baseline.
 
-    Takes the same features as `FlatteningCollator` (one with `seq_lengths` becomes that many lines) and raises the same errors.
-    Returns `input_ids`, `labels` (-100 on the first token of a line and on pads), `attention_mask`, int64 [B, T] on the CPU.
+    Takes the same features as `FlatteningCollator` (a packed row becomes as many lines as it has segments) and raises
+    the same errors. Returns `input_ids`, `labels` (-100 on the first token of a line and on pads), `attention_mask`,
+    int64 [B, T] on the CPU.
 
     >>> batch = PaddingCollator(pad_token_id=9)([{"input_ids": [1, 2, 3], "seq_lengths": [1, 2]}])
     >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist()
@@ -93,62 +133,98 @@ class PaddingCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
-        tokens, labels, _, lengths = _concatenate(features)
-        labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
+        rows = _concatenate(features)
+        lengths = rows.segments
+        rows.labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
         width = int(lengths.max())
         width += -width % (self.pad_to_multiple_of or 1)
         mask = np.arange(width) < lengths[:, None]
-        padded = {
-            name: np.full(mask.shape, fill)
-            for name, fill in (("input_ids", self.pad_token_id), ("labels", IGNORE_INDEX))
-        }
-        padded["input_ids"][mask], padded["labels"][mask] = tokens, labels
-        return {name: torch.from_numpy(array) for name, array in padded.items()} | {
-            "attention_mask": torch.from_numpy(mask.astype(np.int64))
-        }
+        input_ids, labels = np.full(mask.shape, self.pad_token_id), np.full(mask.shape, IGNORE_INDEX)
+        input_ids[mask], labels[mask] = rows.tokens, rows.labels
+        batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask.astype(np.int64)}
+        return {name: torch.from_numpy(padded) for name, padded in batch.items()}
 
 
-def _concatenate(features: Sequence[Feature]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+class _Rows(NamedTuple):
     """All tokens and labels end to end (int64 [T], fresh arrays), tokens per feature, tokens per segment (int64)."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    lengths: np.ndarray
+    segments: np.ndarray
+
+
+def _concatenate(features: Sequence[Feature], first_position: int = 0) -> _Rows:
     if not features:
         raise ValueError("features is empty; expected at least one")
-    tokens, row_lengths = _column(features, "input_ids")
-    if (row_lengths == 0).any():
-        raise ValueError(f"features[{int(np.argmin(row_lengths))}]['input_ids'] is empty; expected at least one token")
-    with_labels = [f.get("labels") is not None for f in features]
-    if not any(with_labels):
-        labels = tokens.copy()
+    present = _present(features)
+    tokens, lengths = _column(features, "input_ids")
+    if (lengths == 0).any():
+        raise ValueError(f"features[{int(np.argmin(lengths))}]['input_ids'] is empty; expected at least one token")
+    if "attention_mask" in present:
+        _refuse_masks(features, lengths)
+    if "labels" in present:
+        labels = _aligned(features, "labels", lengths)
     else:
-        if not all(with_labels):
-            raise ValueError(
-                f"features[{with_labels.index(False)}] has no labels but others have; give labels to all or to none"
-            )
-        labels, label_lengths = _column(features, "labels")
-        _same_lengths("labels", label_lengths, row_lengths)
-    _refuse_masks(features, row_lengths)
-    return tokens, labels, row_lengths, _segment_lengths(features, row_lengths)
+        labels = tokens.copy()
+        for name in LOSS_MASKS:
+            if name in present:
+                labels[_aligned(features, name, lengths) == 0] = IGNORE_INDEX
+    if not present.isdisjoint(BOUNDARIES):
+        segments = _segments(features, tokens, labels, lengths, first_position)
+    else:
+        if "labels" in present:
+            _refuse_lost(tokens, labels, lengths, range(len(features)))
+        segments = lengths
+    return _Rows(tokens, labels, lengths, segments)
+
+
+def _present(features: Sequence[Feature]) -> set[str]:
+    """Columns that some feature has a value for. Raises for those that cannot be honoured."""
+    kinds = {tuple(feature) for feature in features}  # features have the same columns, as a rule
+    names = {name for kind in kinds for name in kind}
+    present = {name for name in names if any(feature.get(name) is not None for feature in features)}
+    try:
+        refuse(present, "a feature")
+    except ValueError:
+        for i, feature in enumerate(features):
+            refuse((name for name, value in feature.items() if value is not None), f"features[{i}]")
+    return present
+
+
+def _aligned(features: Sequence[Feature], name: str, lengths: np.ndarray) -> np.ndarray:
+    """A column with a value for each token, of all features or none: int64 [T], a fresh array."""
+    given = [feature.get(name) is not None for feature in features]
+    if not all(given):
+        raise ValueError(f"features[{given.index(False)}] has no {name} but others have; give {name} to all or to none")
+    for i, feature in enumerate(features):
+        if not hasattr(feature[name], "__len__"):
+            raise ValueError(f"features[{i}][{name!r}] = {feature[name]!r} is one value; expected one for each token")
+    values, found = _column(features, name)
+    _same_lengths(name, found, lengths)
+    return values
 
 
 def _column(features: Sequence[Feature], name: str) -> tuple[np.ndarray, np.ndarray]:
-    if missing := [i for i, f in enumerate(features) if f.get(name) is None]:
+    if missing := [i for i, feature in enumerate(features) if feature.get(name) is None]:
         raise ValueError(f"features[{missing[0]}] has no {name!r}; it has {sorted(features[missing[0]])}")
-    columns = [f[name] for f in features]
+    columns = [feature[name] for feature in features]
     lengths = np.fromiter(map(len, columns), dtype=np.int64, count=len(columns))
     try:
-        if all(isinstance(c, list) for c in columns):
+        if all(isinstance(column, list) for column in columns):
             buffer = array("q")  # fills in C and refuses floats, which numpy would round
             for column in columns:
                 buffer.fromlist(column)
             flat = np.frombuffer(buffer, dtype=np.int64)
         else:
-            flat = np.concatenate([np.asarray(c) for c in columns]).astype(np.int64, casting="same_kind")
+            flat = np.concatenate([np.asarray(column) for column in columns]).astype(np.int64, casting="same_kind")
         if flat.ndim == 1:
             return flat, lengths
     except (TypeError, ValueError):
         pass
     for i, column in enumerate(columns):
-        flat = not isinstance(column, list) or not column or np.isscalar(column[0])
-        values = np.asarray(column) if flat else np.empty((0, 0))
+        nested = isinstance(column, list) and len(column) and not np.isscalar(column[0])
+        values = np.empty((0, 0)) if nested else np.asarray(column)
         if len(column) and (values.ndim != 1 or values.dtype.kind not in "iu"):
             raise ValueError(f"features[{i}][{name!r}] is not a flat sequence of integers")
     raise ValueError(f"{name!r} could not be concatenated")
@@ -162,28 +238,43 @@ def _same_lengths(name: str, actual: np.ndarray, expected: np.ndarray) -> None:
         )
 
 
-def _refuse_masks(features: Sequence[Feature], row_lengths: np.ndarray) -> None:
+def _refuse_masks(features: Sequence[Feature], lengths: np.ndarray) -> None:
     for i, feature in enumerate(features):
-        mask = feature.get("attention_mask")
-        if mask is None:
+        if feature.get("attention_mask") is None:
             continue
-        mask = np.asarray(mask)
-        if mask.shape != (row_lengths[i],) or not mask.all():
+        mask = np.asarray(feature["attention_mask"])
+        if mask.shape != (lengths[i],) or not mask.all():
             raise ValueError(
-                f"features[{i}]['attention_mask'] has {int(mask.size - np.count_nonzero(mask))} zeros over {mask.size} tokens "
-                f"(input_ids: {row_lengths[i]}); expected unpadded examples: remove the padding and its mask before collating"
+                f"features[{i}]['attention_mask'] has {int(mask.size - np.count_nonzero(mask))} zeros over {mask.size} "
+                f"tokens (input_ids: {lengths[i]}); expected unpadded examples: remove the padding and its mask"
             )
 
 
-def _segment_lengths(features: Sequence[Feature], row_lengths: np.ndarray) -> np.ndarray:
-    given = [f.get("seq_lengths") for f in features]
-    if all(g is None for g in given):
-        return row_lengths
-    per_row = [np.atleast_1d(np.asarray(row_lengths[i] if g is None else g)) for i, g in enumerate(given)]
-    sums = np.array([p.sum() for p in per_row])
-    _same_lengths("seq_lengths", sums, row_lengths)
-    lengths = np.concatenate(per_row)
-    if lengths.dtype.kind not in "iu" or (lengths < 1).any():
-        i = next(i for i, p in enumerate(per_row) if p.dtype.kind not in "iu" or (p < 1).any())
-        raise ValueError(f"features[{i}]['seq_lengths'] = {per_row[i].tolist()}; expected integers of at least 1")
-    return lengths.astype(np.int64)
+def _segments(
+    features: Sequence[Feature], tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray, first_position: int
+) -> np.ndarray:
+    """Tokens per segment, int64 [segments], where some feature carries boundaries."""
+    found, bare = [], []
+    for i, (feature, length) in enumerate(zip(features, lengths)):
+        segments = segments_of(feature, int(length), f"features[{i}]", first_position)
+        if segments is None:
+            bare.append(i)
+            segments = lengths[i : i + 1]
+        found.append(segments)
+    if features[0].get("labels") is not None:
+        _refuse_lost(tokens, labels, lengths, bare)
+    return np.concatenate(found)
+
+
+def _refuse_lost(tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray, rows: Sequence[int]) -> None:
+    if not (labels == IGNORE_INDEX).any():
+        return
+    ends = np.cumsum(lengths)
+    for i in rows:
+        here = slice(ends[i] - lengths[i], ends[i])
+        if (at := lost_boundaries(tokens[here], labels[here])) is not None:
+            raise ValueError(
+                f"features[{i}] was packed and has lost its boundaries: its labels leave out token 0 and single tokens "
+                f"inside (the first is {at}), as packing does, but it has no seq_lengths and no position_ids. Keep one "
+                f"of these columns; if it is one example after all, say so: seq_lengths = [{lengths[i]}]"
+            )

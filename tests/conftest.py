@@ -1,16 +1,27 @@
-"""One thread a process, here and in the processes that tests start: models are tiny, and pytest-xdist uses the cores."""
+"""What every test gets: the same environment whoever calls, one thread a process, and nothing left running."""
 
 import os
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"
+from tests import processes
+
+# Set before anything is imported, and inherited by processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"  # models are tiny, and pytest-xdist uses the cores
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; what asks for it fails at once and does not wait
+for name in ("PACKLIB_DATA", "PACKLIB_UNTIL", "PACKLIB_CONCURRENT_RUNS", "PACKLIB_GIT_SHA"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def orphans_are_seen():
+    processes.adopt_orphans()
 
 
 @pytest.fixture(autouse=True)
-def theme():
-    """Figures look as in the notebooks, whichever test ran before."""
-    from packlib.lab import figures
-
-    figures.theme()
-
+def nothing_is_left_running():
+    """A process that a test started ends with it; one that does not is killed, and the test fails."""
+    before = processes.descendants(os.getpid())
+    yield
+    left = processes.left_running(before)
+    assert not left, f"left running: {left}"

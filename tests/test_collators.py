@@ -1,10 +1,15 @@
-"""FlatteningCollator and PaddingCollator: the paper's worked example, transformers' tensors, boundaries, and every bad input."""
+"""Both collators: the paper's worked example, transformers' tensors, boundaries, and every bad input."""
+
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
+from packlib.attention import varlen_attention
 from packlib.collators import IGNORE_INDEX, FlatteningCollator, PaddingCollator
 
 WORKED = [[10, 11, 12, 13], [*range(20, 28)], [*range(30, 35)], [*range(40, 50), 410]]  # PAPER.md, §3.5
@@ -49,7 +54,9 @@ def test_row_boundary_is_where_features_end():
     assert contaminated["cu_seq_lens_q"].tolist() == [0, 4, 6]
     assert isolated["cu_seq_lens_q"].tolist() == [0, 1, 4, 6]
     assert contaminated["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]]
-    assert torch.equal(contaminated["labels"], isolated["labels"]), "both train on the same tokens: the first of every example is masked"
+    assert torch.equal(contaminated["labels"], isolated["labels"]), (
+        "both train on the same tokens: the first of every example is masked"
+    )
     assert isolated["labels"].tolist() == [[-100, -100, 3, 4, -100, 6]]
 
 
@@ -94,19 +101,35 @@ BAD = {
     "empty example": ({"input_ids": []}, r"features\[1\]\['input_ids'\] is empty"),
     "empty array": ({"input_ids": np.array([], dtype=np.int64)}, r"features\[1\]\['input_ids'\] is empty"),
     "no ids": ({"tokens": [1]}, r"features\[1\] has no 'input_ids'; it has \['tokens'\]"),
-    "mask with zeros": ({"input_ids": [1, 0, 0], "attention_mask": [1, 0, 0]}, r"features\[1\]\['attention_mask'\] has 2 zeros over 3 tokens"),
+    "mask with zeros": (
+        {"input_ids": [1, 0, 0], "attention_mask": [1, 0, 0]},
+        r"features\[1\]\['attention_mask'\] has 2 zeros over 3 tokens",
+    ),
     "mask of another length": ({"input_ids": [1, 2], "attention_mask": [1]}, r"features\[1\]\['attention_mask'\]"),
     "nested ids": ({"input_ids": [[1, 2], [3, 4]]}, r"features\[1\]\['input_ids'\] is not a flat sequence of integers"),
     "two-dimensional array": ({"input_ids": np.ones((2, 2), dtype=int)}, r"features\[1\]\['input_ids'\] is not a flat"),
-    "float ids": ({"input_ids": np.array([1.0, 2.0])}, r"features\[1\]\['input_ids'\] is not a flat sequence of integers"),
+    "float ids": (
+        {"input_ids": np.array([1.0, 2.0])},
+        r"features\[1\]\['input_ids'\] is not a flat sequence of integers",
+    ),
     "float list": ({"input_ids": [1, 2.5]}, r"features\[1\]\['input_ids'\] is not a flat sequence of integers"),
     "text": ({"input_ids": ["a", "b"]}, r"features\[1\]\['input_ids'\] is not a flat sequence of integers"),
-    "segments too short": ({"input_ids": [1, 2], "seq_lengths": [1]}, r"features\[1\]\['seq_lengths'\] covers 1 tokens; expected 2"),
-    "segment of nothing": ({"input_ids": [1, 2], "seq_lengths": [0, 2]}, r"features\[1\]\['seq_lengths'\] = \[0, 2\]; expected integers"),
-}  # fmt: skip
+    "segments too short": (
+        {"input_ids": [1, 2], "seq_lengths": [1]},
+        r"features\[1\]\['seq_lengths'\] covers 1 tokens; expected 2",
+    ),
+    "segment of nothing": (
+        {"input_ids": [1, 2], "seq_lengths": [0, 2]},
+        r"features\[1\]\['seq_lengths'\] = \[0, 2\]; expected integers",
+    ),
+}
 
 
-@pytest.mark.parametrize("collator", [FlatteningCollator(), FlatteningCollator(boundary="row"), PaddingCollator()], ids=["flat", "row", "padded"])
+@pytest.mark.parametrize(
+    "collator",
+    [FlatteningCollator(), FlatteningCollator(boundary="row"), PaddingCollator()],
+    ids=["flat", "row", "padded"],
+)
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_names_the_example(collator, case):
     feature, message = BAD[case]
@@ -130,3 +153,61 @@ def test_bad_settings():
         FlatteningCollator(boundary="example")
     with pytest.raises(ValueError, match="pad_to_multiple_of = 0"):
         FlatteningCollator(pad_to_multiple_of=0)
+
+
+# collator and kernel together
+
+
+def _nothing_lost_nothing_shared(rows):
+    """Flatten rows of segments; every token's value is its example's number, all scores are equal.
+
+    Attention must then return that number.
+    """
+    tokens = [[100 * (i + 1) + t for t in range(sum(row))] for i, row in enumerate(rows)]
+    batch = FlatteningCollator()([{"input_ids": t, "seq_lengths": list(row)} for t, row in zip(tokens, rows)])
+    assert batch["input_ids"][0].tolist() == list(chain(*tokens))
+    lengths = [n for row in rows for n in row]
+    assert batch["cu_seq_lens_q"].diff().tolist() == lengths and batch["max_length_q"] == max(lengths)
+    assert batch["position_ids"][0].tolist() == [p for n in lengths for p in range(n)]
+    first = batch["position_ids"] == 0
+    assert (batch["labels"] == batch["input_ids"].masked_fill(first, -100)).all() and int(first.sum()) == len(lengths)
+    number = batch["seq_idx"][0].float()[:, None, None]
+    zero = torch.zeros_like(number)
+    seen = varlen_attention(zero, zero, number, batch["cu_seq_lens_q"], batch["max_length_q"], kernel="sdpa")
+    assert torch.allclose(seen, number, atol=1e-4)
+
+
+ROWS = st.lists(st.lists(st.integers(1, 12), min_size=1, max_size=5), min_size=1, max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ROWS)
+def test_random_batches(rows):
+    _nothing_lost_nothing_shared(rows)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
+@given(ROWS)
+def test_ten_thousand_random_batches(rows):
+    _nothing_lost_nothing_shared(rows)
+
+
+SPOILED = [
+    (lambda f: f.update(input_ids=[]), "is empty"),
+    (lambda f: f.update(labels=[1] * 99), "covers 99 tokens"),
+    (lambda f: f.update(attention_mask=[0] * len(f["input_ids"])), "zeros over"),
+    (lambda f: f.update(seq_lengths=[99]), "covers 99 tokens"),
+    (lambda f: f.update(seq_lengths=[0, len(f["input_ids"])]), "integers of at least 1"),
+    (lambda f: f.pop("input_ids"), "has no 'input_ids'"),
+]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+def test_fuzzed_bad_input_names_the_example(lengths, data):
+    examples = [{"input_ids": list(range(n)), "labels": list(range(n))} for n in lengths]
+    index, (spoil, match) = data.draw(st.integers(0, len(lengths) - 1)), data.draw(st.sampled_from(SPOILED))
+    spoil(examples[index])
+    with pytest.raises(ValueError, match=rf"features\[{index}\].*{match}"):
+        FlatteningCollator()(examples)

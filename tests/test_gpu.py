@@ -1,18 +1,18 @@
-"""What only a GPU can show: the half-precision kernels at real head dimensions, no synchronisation, bfloat16 gradients, real dispatch.
+"""What only a GPU can show: half-precision kernels at real head dimensions, no synchronisation, bfloat16 gradients.
 
 `pytest -m gpu` runs this file and the CUDA cases of the others.
 """
 
 import pytest
 import torch
-from test_attention import LENGTHS, boundaries, features, packed, random_qkv, run, worst
 
 from packlib.attention import flash_stand_in, kernel_table, register_attention, resolve_kernel, varlen_attention
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.isolation import check_isolation
-from packlib.lab.models import fuse_layers
-from packlib.losses import token_weights, weighted_loss
+from packlib.lab.rig import fuse_layers
 from packlib.lab.small_models import small_config, small_model
+from packlib.losses import token_weights, weighted_loss
+from tests.attention.cases import LENGTHS, boundaries, features, packed, random_qkv, run, worst
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 KERNELS = ["torch_varlen", "flex"]
@@ -67,10 +67,12 @@ def on_gpu(batch):
 
 @pytest.mark.parametrize("kernel", ["torch_varlen", "flex"])
 def test_no_synchronisation(kernel, monkeypatch):
-    """Forward, loss and backward of a packed step. transformers asks once a forward whether position ids restart: that one is its own."""
+    """Forward, loss and backward of a packed step, less the one in which transformers asks if position ids restart."""
     from transformers import masking_utils
 
-    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: (position_ids == 0).cumsum(-1))
+    monkeypatch.setattr(
+        masking_utils, "find_packed_sequence_indices", lambda position_ids: (position_ids == 0).cumsum(-1)
+    )
     model = small_model("llama", register_attention(kernel, f"packlib_{kernel}"), torch.bfloat16).to("cuda")
     labels = torch.randint(3, 250, (1, 27), device="cuda")
 
@@ -125,7 +127,9 @@ def test_bfloat16_gradients(model_type, kernel):
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "qwen2_moe", "opt"])
 def test_isolation_of_auto(model_type, dtype):
     model = small_model(model_type, dtype=dtype).to("cuda")
-    report = check_isolation(model, kernel="auto")  # OPT of transformers 5.17 adds a mask of its own beside the boundaries: refused, never a leak
+    report = check_isolation(
+        model, kernel="auto"
+    )  # OPT of transformers 5.17 adds a mask of its own beside the boundaries: refused, never a leak
     assert report.isolated or (model_type == "opt" and "expected no mask beside boundaries" in report.reason)
     assert check_isolation(model).isolated == (model_type != "opt")
 
@@ -140,8 +144,12 @@ def test_falcon_through_the_flash_path():
 def test_padded_batch_equals_one_at_a_time():
     model = small_model("llama", register_attention(), torch.bfloat16).to("cuda")
     batch = on_gpu(PaddingCollator()(features()))
-    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[batch["attention_mask"].bool()]
-    single = [model(input_ids=torch.tensor([e["input_ids"]], device="cuda"), use_cache=False).logits[0] for e in features()]
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[
+        batch["attention_mask"].bool()
+    ]
+    single = [
+        model(input_ids=torch.tensor([e["input_ids"]], device="cuda"), use_cache=False).logits[0] for e in features()
+    ]
     assert (out - torch.cat(single)).abs().max() <= 0.02 * out.abs().max()
 
 
@@ -151,7 +159,9 @@ def test_large_head_dimension_in_a_model():
     config.head_dim, config._attn_implementation = 256, register_attention("torch_varlen", "packlib_torch_varlen")
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="packlib_torch_varlen", dtype=torch.bfloat16).to("cuda")
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="packlib_torch_varlen", dtype=torch.bfloat16
+    ).to("cuda")
     assert check_isolation(model.eval()).isolated
 
 
@@ -162,9 +172,13 @@ def test_fused_layers_compute_the_same_and_keep_examples_apart(monkeypatch):
 
     for name in ("apply_rotary_pos_emb", "LlamaRMSNorm", "LlamaMLP"):  # Liger replaces them for the process
         monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
-    model, batch = small_model("llama", register_attention(), torch.bfloat16).to("cuda"), on_gpu(FlatteningCollator()(features()))
+    model, batch = (
+        small_model("llama", register_attention(), torch.bfloat16).to("cuda"),
+        on_gpu(FlatteningCollator()(features())),
+    )
     plain = model(**batch, use_cache=False).logits
-    fused = fuse_layers(model)(**batch, use_cache=False).logits
+    fuse_layers(model)
+    fused = model(**batch, use_cache=False).logits
     assert "Liger" in type(model.model.norm).__name__ or "Liger" in str(model.model.norm.forward)
     assert (fused - plain).abs().max() <= 0.02 * plain.abs().max()
     with torch.enable_grad():

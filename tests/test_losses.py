@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from packlib.collators import FlatteningCollator, PaddingCollator
-from packlib.losses import token_weights, weighted_loss
 from packlib.lab.small_models import small_model
+from packlib.losses import token_weights, weighted_loss
 
 LENGTHS = (9, 2, 14, 5, 7, 3)
 
@@ -60,20 +60,27 @@ def test_per_token_is_the_loss_of_transformers():
     model, batch = small_model("llama"), FlatteningCollator()(features())
     inputs = {k: v for k, v in batch.items() if k != "seq_idx"}
     theirs = model(**inputs, use_cache=False).loss
-    assert step(model, [batch], "per_token")[0] == pytest.approx(float(theirs), rel=1e-6)
+    assert step(model, [batch], "per_token")[0] == pytest.approx(float(theirs.detach()), rel=1e-6)
 
 
 def test_per_example_is_the_mean_of_example_means():
     model = small_model("llama")
     means = [step(model, [FlatteningCollator()([f])], "per_token")[0] for f in features()]
-    assert step(model, [FlatteningCollator()(features())], "per_example")[0] == pytest.approx(sum(means) / len(means), rel=1e-6)
+    assert step(model, [FlatteningCollator()(features())], "per_example")[0] == pytest.approx(
+        sum(means) / len(means), rel=1e-6
+    )
 
 
 def test_weights():
-    labels, cu_seqlens = torch.tensor([[-100, 1, 2, 3, -100, 4, -100, -100]]), torch.tensor([0, 4, 6, 8], dtype=torch.int32)
+    labels, cu_seqlens = (
+        torch.tensor([[-100, 1, 2, 3, -100, 4, -100, -100]]),
+        torch.tensor([0, 4, 6, 8], dtype=torch.int32),
+    )
     weights, total = token_weights(labels, cu_seqlens)
     assert weights.tolist() == [[0, 1, 1, 1, 0, 1, 0, 0]] and total == 4
     weights, total = token_weights(labels, cu_seqlens, "per_example")
-    assert torch.allclose(weights, torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3, 0, 1, 0, 0]])) and total == 2  # the last example has no loss token
+    assert (
+        torch.allclose(weights, torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3, 0, 1, 0, 0]])) and total == 2
+    )  # the last example has no loss token
     with pytest.raises(ValueError, match="weighting = 'mean'; expected one of per_token, per_example"):
         token_weights(labels, weighting="mean")

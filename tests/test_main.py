@@ -1,37 +1,82 @@
-"""The command line: what it prints, and what it returns when something is wrong."""
+"""The command line: what it prints, what it returns when something is wrong, and that asking for help costs nothing."""
 
-import importlib
+import argparse
+import json
 import subprocess
 import sys
 
 import pytest
 
 from packlib import __main__
-from packlib.__main__ import COMMANDS, main
+from packlib.__main__ import main
 from packlib.lab import reproduce
+from packlib.lab.small_models import small_model
 from packlib.lab.strategies import STRATEGIES
+
+
+def commands():
+    """Name -> its parser."""
+    (found,) = (a for a in __main__.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return found.choices
+
+
+HEAVY = {"numpy", "torch", "transformers", "pandas", "matplotlib", "datasets", "pyarrow", "trl", "papermill"}
+
+
+def test_the_commands_are_those_of_the_design():
+    assert list(commands()) == ["reproduce", "advise", "isolation", "matrix", "strategies", "tables"]
 
 
 def test_strategies_are_listed(capsys):
     assert main(["strategies"]) == 0
     said = capsys.readouterr()
-    assert all(name in said.out for name in STRATEGIES) and said.err == ""
+    assert [line.split()[0] for line in said.out.splitlines()[1:]] == list(STRATEGIES) and said.err == ""
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_there_and_explains_itself(name, capsys):
-    module = importlib.import_module(COMMANDS[name][0])
-    assert callable(module.add_arguments) and callable(module.command)
+@pytest.mark.parametrize("name", commands())
+def test_every_command_explains_itself(name, capsys):
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
-    assert stop.value.code == 0 and COMMANDS[name][1].split(",")[0] in " ".join(capsys.readouterr().out.split())
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and commands()[name].description in " ".join(said.split())
+    for action in commands()[name]._actions:
+        assert action.help, f"{name} {action.dest} has no help"
+
+
+def imports_and_seconds(*arguments):
+    """What heavy packages `python -m packlib …` imports before it ends, and its CPU time in seconds."""
+    code = f"""
+import sys, time
+from packlib.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print(time.process_time(), *sorted({HEAVY} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, encoding="utf-8", check=True)
+    seconds, *heavy = done.stdout.splitlines()[-1].split()
+    return set(heavy), float(seconds)
+
+
+@pytest.mark.parametrize("name", [None, *commands()])
+def test_help_answers_at_once(name):
+    """CPU time, so that a busy machine fails nothing: a second for the whole, two for a command."""
+    heavy, seconds = imports_and_seconds(*filter(None, [name]), "--help")
+    assert heavy == set() and seconds < (2 if name else 1)
+
+
+def test_a_command_pays_for_its_own_imports_alone():
+    heavy, _ = imports_and_seconds("strategies")
+    assert "numpy" in heavy, "the negative control: a command that runs does import"
+    assert "papermill" not in heavy and "matplotlib" not in heavy
 
 
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["reproduc"])
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and all(name in said for name in COMMANDS)
+    assert stop.value.code == 2 and all(name in said for name in commands())
     with pytest.raises(SystemExit):
         main([])
 
@@ -42,6 +87,7 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
         (["reproduce", "smok"], "ValueError: unknown preset 'smok' (did you mean 'smoke'?); known: "),
         (["reproduce", "smoke", "--only", "77"], "ValueError: unknown notebook '77'; known: 00_start_here"),
         (["advise", "no-such.jsonl"], "no-such.jsonl"),
+        (["isolation", "./no/such/folder"], "OSError: './no/such/folder' is no folder here"),
     ],
 )
 def test_an_error_is_a_sentence_and_an_exit_code(arguments, message, capsys):
@@ -59,27 +105,53 @@ def test_an_error_is_a_sentence_and_an_exit_code(arguments, message, capsys):
     ],
 )
 def test_what_stops_a_command_is_said(error, code, message, capsys, monkeypatch):
-    def command(arguments):
+    def stopped(*args, **options):
         raise error
 
-    monkeypatch.setattr(reproduce, "command", command)
+    monkeypatch.setattr(reproduce, "reproduce", stopped)
     assert main(["reproduce"]) == code
     assert capsys.readouterr().err.strip().splitlines()[-1] == message
 
 
 def test_a_defect_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(reproduce, "command", lambda arguments: {}["missing"])
+    monkeypatch.setattr(reproduce, "reproduce", lambda *args, **options: {}["missing"])
     with pytest.raises(KeyError):
         main(["reproduce"])
 
 
+def test_the_options_of_reproduce_are_handed_over(monkeypatch, capsys, tmp_path):
+    asked = {}
+
+    def stand_in(preset, **options):
+        asked.update(options, preset=preset)
+        return tmp_path
+
+    monkeypatch.setattr(reproduce, "reproduce", stand_in)
+    monkeypatch.setattr(reproduce, "headline", lambda folder: "the table")
+    assert main(["reproduce", "smoke", "--output", "mine", "--only", "06", "07", "--minutes", "2"]) == 0
+    assert asked == {"preset": "smoke", "output": "mine", "only": ["06", "07"], "minutes": 2.0}
+    said = capsys.readouterr().out
+    assert said.startswith("the table") and str(tmp_path / "report.md") in said
+
+
 def test_the_module_runs_and_what_it_prints_can_be_piped():
-    done = subprocess.run([sys.executable, "-m", "packlib", "strategies"], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[1].split() == ["padding", "padded", "segment"], "nothing but the answer is on standard output"
+    command = [sys.executable, "-m", "packlib", "strategies"]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+    assert done.stdout.splitlines()[1].split() == ["padding", "padded", "segment"], "nothing but the answer is there"
 
 
-def test_imports_of_other_commands_are_not_paid_for(monkeypatch):
-    asked = []
-    monkeypatch.setattr(__main__.importlib, "import_module", lambda name: asked.append(name) or reproduce)
-    monkeypatch.setattr(reproduce, "command", lambda arguments: "")
-    assert main(["reproduce"]) == 0 and asked == ["packlib.lab.reproduce"]
+def test_isolation_judges_models_by_folder_and_by_type(tmp_path, capsys):
+    def judged(*arguments):
+        code = main(["isolation", *arguments])
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    small_model("llama").save_pretrained(tmp_path)
+    code, text = judged(str(tmp_path), "--device", "cpu")
+    assert code == 0 and "llama with sdpa in float32 on cpu" in text and "EXACT" in text
+    assert "EXACT" in judged("llama", "--kernel", "sdpa")[1]
+    code, text = judged("opt", "--json")
+    assert code == 0 and json.loads(text)["verdict"] == "leak"
+    assert "EXACT" in judged("falcon", "--attention", "flash_attention_2")[1]
+    code, text = judged("falcon", "--strict")
+    assert code == 1 and text.startswith("ContaminationError: falcon with sdpa")

@@ -1,38 +1,41 @@
-"""The project's files agree: with each other, with the records, with what they promise. What a check looks for, it is shown to find."""
+"""The project's files agree, with each other and with what they promise. What a check looks for, it is shown to find."""
 
-import argparse
 import ast
-import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from dataclasses import asdict
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
 import yaml
 from datasets import Dataset
 from packaging.version import Version
 
-from packlib.__main__ import COMMANDS
-from packlib.lab import convergence, readme, records, reproduce
-from packlib.lab.spec import RunSpec
-from packlib.lab.tokenizers import train_bpe
+from packlib import __main__
+from packlib.lab import records, reproduce
 from packlib.lab.small_models import small_model
+from packlib.lab.tokenizers import train_bpe
 
 ROOT = records.project_root()
-README = (ROOT / "README.md").read_text()
-PROSE = readme.BLOCK.sub("", README)  # what was written by hand
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+README = read("README.md")
+PYPROJECT = tomllib.loads(read("pyproject.toml"))
+PROJECT = PYPROJECT["project"]
 CONDA_NAMES = {"torch": "pytorch-gpu"}
 PIP_ONLY = {"gguf"}  # comes with `pip install -e .[lab,liger]` in environment.yml
 MACHINE_PATH = re.compile(r"(?<![\w.:/~])/(?:work|root|home/\w+|Users/\w+)/")
-REGISTRY = re.compile(r"https?://[^\s/]*(?:pypi|pythonhosted|conda|registry|mirror|artifactory|nexus|proxy)|--(?:extra-)?index-url")
+REGISTRY = re.compile(
+    r"https?://[^\s/]*(?:pypi|pythonhosted|conda|registry|mirror|artifactory|nexus|proxy)|--(?:extra-)?index-url"
+)
 BINARY = {".png", ".npz", ".gz", ".gguf"}
 
 
@@ -42,19 +45,21 @@ def requirements(lines):
 
 
 LAB = requirements(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["lab"])
-ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+ENVIRONMENT = yaml.safe_load(read("environment.yml"))
 CONDA = requirements(line for line in ENVIRONMENT["dependencies"] if isinstance(line, str))
-PINS = requirements(line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
+PINS = requirements(line for line in read("constraints.txt").splitlines() if not line.startswith("#"))
 
 
 def tracked():
-    """Files of the repository, with those about to be added; of a copy without git, all but what tools left there."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode == 0:
-        return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
-    ours = ("notebooks", "packlib", "papermill_runs", "tests", "benchmarks", ".ci")
-    found = [path for name in ours for path in (ROOT / name).rglob("*")] + list(ROOT.glob("*.*"))
-    return [path for path in found if path.is_file() and not {"__pycache__", "cpu", "smoke"} & set(path.parts)]
+    """Files of the repository, whatever else lies in its folder; none in a copy without git."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
+    names = listed.stdout.split("\0") if listed.returncode == 0 else []
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+TRACKED = tracked()
+MODULES = sorted((ROOT / "packlib").rglob("*.py"))
+with_git = pytest.mark.skipif(not TRACKED, reason="a copy without git: which files are the project's is not known")
 
 
 # ---- environments
@@ -71,7 +76,17 @@ def test_what_conda_does_not_have_comes_with_pip():
 
 
 def test_environment_has_what_the_project_was_asked_for():
-    asked = {"jupyterlab", "pytorch-gpu", "transformers", "trl", "flash-attn", "datasets", "matplotlib", "papermill", "seaborn"}
+    asked = {
+        "jupyterlab",
+        "pytorch-gpu",
+        "transformers",
+        "trl",
+        "flash-attn",
+        "datasets",
+        "matplotlib",
+        "papermill",
+        "seaborn",
+    }
     assert CONDA.keys() >= asked and ENVIRONMENT["channels"] == ["conda-forge"]
 
 
@@ -90,95 +105,45 @@ def test_citation():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
-    assert "2407.09105" in citation["preferred-citation"]["journal"] and len(citation["preferred-citation"]["authors"]) == 5
+    assert (
+        "2407.09105" in citation["preferred-citation"]["journal"]
+        and len(citation["preferred-citation"]["authors"]) == 5
+    )
+
+
+MAKE_TEST = [
+    "python -m ruff check .",
+    "python -m ruff format --check .",
+    "python -m mypy packlib",
+    """python -c 'from importlinter.cli import lint_imports_command as lint; lint(["--no-logo"])'""",
+    "python -m pytest",
+]
 
 
 def test_ci_runs_what_a_contributor_runs():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert "make test" in script.read_text().splitlines()
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # these tests may run in a make of their own
-    dry = subprocess.run(["make", "-n", "test", "PYTHON=python", "VENV="], cwd=ROOT, capture_output=True, text=True, check=True, env=outside)
-    assert dry.stdout.split("\n")[:2] == ["python -m ruff check .", "python -m pytest"]
+    assert "make test" in read(".ci/run").splitlines()
+    (job,) = yaml.safe_load(read(".github/workflows/test.yml"))["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make test"]
+    pythons = job["strategy"]["matrix"]["python"]
+    assert PROJECT["requires-python"] == f">={min(pythons, key=Version)}" and CONDA["python"] in pythons
+
+
+def test_make_test_checks_style_types_and_imports_before_it_tests():
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # may run inside make
+    command = ["make", "-n", "test", "PYTHON=python", "VENV="]
+    dry = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True, env=outside)
+    assert dry.stdout.splitlines() == MAKE_TEST
+
+
+def test_pre_commit_formats_as_make_test_does():
+    (ruff, strip) = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
+    assert ruff["rev"] == f"v{PINS['ruff']}" and [hook["id"] for hook in ruff["hooks"]] == ["ruff-check", "ruff-format"]
+    assert [hook["id"] for hook in strip["hooks"]] == ["nbstripout"]
 
 
 # ---- README
-
-
-def test_readme_says_what_the_records_say():
-    text, stale = readme.render(README)
-    assert text == README and not stale, f"run make tables: {stale}"
-    assert {name for _, name, *_ in readme.BLOCK.findall(README)} == set(readme.BLOCKS)
-
-
-@pytest.fixture
-def copy(tmp_path, monkeypatch):
-    """README and records of another checkout, without a figure."""
-    (tmp_path / "papermill_runs" / "h200").mkdir(parents=True)
-    (tmp_path / "papermill_runs" / "h200" / "records").symlink_to(ROOT / "papermill_runs" / "h200" / "records")
-    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
-    return tmp_path / "README.md"
-
-
-def test_tables_finds_and_mends_a_wrong_number_and_a_missing_figure(copy):
-    number = re.search(r"\| multitask \| MiniBatchPacking \+ PosID \| ([\d,]+) ", README)[1]
-    copy.write_text(README.replace(number, "9,999"))
-    with pytest.raises(ValueError, match=r"README.md is not what the records say: figure, headline, .*; run make tables"):
-        readme.command(argparse.Namespace(check=True))
-    assert "9,999" in copy.read_text(), "--check writes nothing"
-    readme.command(argparse.Namespace(check=False))
-    assert copy.read_text() == README
-    assert readme.command(argparse.Namespace(check=True)) == "README.md: nothing to change"
-    picture = copy.parent / "papermill_runs" / "h200" / "figures" / "readme.png"
-    readme._draw(records.load_records(copy.parent / "papermill_runs" / "h200"), picture, "other numbers")
-    assert readme.render(README)[1] == ["figure"]
-
-
-@pytest.mark.parametrize(
-    "block, message",
-    [
-        ("headlines h200", r"unknown block of README.md 'headlines' \(did you mean 'headline'\?\)"),
-        ("headline h300", "papermill_runs/h300/records is empty; expected the records of a published run"),
-    ],
-)
-def test_unknown_block_and_run(block, message):
-    with pytest.raises(ValueError, match=message):
-        readme.render(f"<!-- table: {block} -->\n<!-- end -->")
-
-
-def test_losses_follow_from_records_of_notebook_07():
-    arms = convergence.arms(RunSpec(model="x.gguf", corpus="math_x.npz", limit=64, batch_size=8), rows_per_step=2)
-    results = {"padding": 1.0, "minibatch_packing": 1.0, "fixed_length_packing": 1.25}
-    wobble = {0: 0.0, 1: 0.001, 2: -0.001}
-    frame = pd.DataFrame([
-        asdict(arm.spec) | {"run_id": arm.spec.run_id, "status": "ok", "metrics.optimizer_steps": arm.spec.steps or 4,
-                            "metrics.eval_loss_per_token": results.get(arm.strategy, 1.125) + wobble[arm.spec.seed] * len(arm.label)}
-        for arm in arms
-    ])  # fmt: skip
-    lines = readme.losses(frame, "x").splitlines()
-    labels = list(dict.fromkeys(arm.label for arm in arms if "lr" not in arm.variant and "atoms" not in arm.variant))
-    assert [line.split(" | ")[1] for line in lines[4:]] == labels
-    assert re.match(r"\| math \| FixedLengthPacking \(contaminated\), equal steps \| 8 \| 1.2500 \| \+0.2500 nats .*3 seeds\) \|", lines[6])
-    assert readme.losses(frame.assign(eval_every=None), "x") == "", "runs that were only timed have no validation loss"
-
-
-def test_runs_that_shared_their_device_do_not_count():
-    frame = records.load_records(ROOT / "papermill_runs" / "h200")
-    slow = frame.assign(**{"run_id": "other", "environment.concurrent_runs": 3, "metrics.tokens_per_s.mean": 1.0})
-    assert readme.arms(pd.concat([frame, slow], ignore_index=True), "h200") == readme.arms(frame, "h200")
-    alone = slow.assign(**{"environment.concurrent_runs": 1})
-    assert readme.arms(pd.concat([frame, alone], ignore_index=True), "h200") != readme.arms(frame, "h200")
-
-
-def typed_numbers(text):
-    """Paragraphs with a measurement in them that do not say that it is the paper's."""
-    measurement = re.compile(r"\d\s*(?:×\s+(?:as|padding)|tokens/s|% (?:less|faster|of))|\d\.\d+\s*(?:×|s\b|GB)")
-    return [part for part in text.split("\n\n") if measurement.search(part) and "The paper's column" not in " ".join(part.split())]
-
-
-def test_measurements_in_readme_come_from_records():
-    assert not typed_numbers(PROSE)
-    assert typed_numbers("It is 1.53 × as fast.") and typed_numbers("Up to 6,526 tokens/s.") and typed_numbers("That is 8 % less memory.")
 
 
 def commands(text):
@@ -191,19 +156,15 @@ def commands(text):
 def problem(words):
     """What is wrong with a command, or None."""
     if words[0] == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        targets = re.findall(r"^(\w+):", read("Makefile"), flags=re.MULTILINE)
         presets = [word.removeprefix("PRESET=") for word in words if word.startswith("PRESET=")]
         unknown = [word for word in words[1:] if "=" not in word and word not in targets]
         return next(iter(unknown + [preset for preset in presets if preset not in reproduce.presets()]), None)
-    module = COMMANDS.get(words[3], (None, None))[0]
-    if module is None:
-        return words[3]
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    importlib.import_module(module).add_arguments(parser)
     try:
-        return " ".join(parser.parse_known_args(words[4:])[1]) or None
-    except argparse.ArgumentError as error:
-        return str(error)
+        __main__.parser().parse_args(words[3:])
+    except SystemExit:
+        return " ".join(words)
+    return None
 
 
 def test_commands_of_readme_exist():
@@ -213,7 +174,10 @@ def test_commands_of_readme_exist():
     assert not [(words, problem(words)) for words in found if problem(words)]
 
 
-@pytest.mark.parametrize("text", ["make reproduction", "make lab PRESET=a100", "python -m packlib advice x", "python -m packlib advise x --many 4"])
+@pytest.mark.parametrize(
+    "text",
+    ["make reproduction", "make lab PRESET=a100", "python -m packlib advice x", "python -m packlib advise x --many 4"],
+)
 def test_commands_that_do_not_exist_are_noticed(text):
     assert problem(commands(f"```bash\n{text}   # a comment\n```")[0])
 
@@ -222,27 +186,37 @@ def test_python_of_readme_trains(tmp_path, monkeypatch, capsys):
     (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     examples = [[1 + (i + j) % 200 for j in range(3 + i % 13)] for i in range(40)]
-    brought = {"dataset": Dataset.from_dict({"input_ids": examples}), "model": small_model("llama"), "tokenizer": train_bpe(["a b c"] * 4, 270)}
+    brought = {
+        "dataset": Dataset.from_dict({"input_ids": examples}),
+        "model": small_model("llama"),
+        "tokenizer": train_bpe(["a b c"] * 4, 270),
+    }
     before = brought["model"].model.layers[0].self_attn.q_proj.weight.detach().cpu().clone()
     exec(compile(block, "README.md", "exec"), names := dict(brought))
     assert "EXACT" in capsys.readouterr().out
     assert names["trainer"].state.log_history[-1]["train_loss"] > 0
-    assert names["model"].config._attn_implementation == "packlib_varlen" and names["plan"].report(names["lengths"]).lost_tokens == 0
+    assert (
+        names["model"].config._attn_implementation == "packlib_varlen"
+        and names["plan"].report(names["lengths"]).lost_tokens == 0
+    )
     assert not before.equal(names["model"].model.layers[0].self_attn.q_proj.weight.cpu())
 
 
 def links(path):
     """Targets of relative links in a Markdown file or a notebook."""
-    cells = nbformat.read(path, 4).cells if path.suffix == ".ipynb" else None
-    text = path.read_text() if cells is None else "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    return [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"https?:|mailto:|#|data:", target)]
+    if path.suffix == ".ipynb":
+        text = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+    else:
+        text = path.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target.split("#")[0] for target in targets if not re.match(r"https?:|mailto:|#|data:", target)]
 
 
 def broken_links(path):
     return [target for target in links(path) if not (path.parent / target).exists()]
 
 
-DOCUMENTS = [p for p in tracked() if p.suffix in (".md", ".ipynb")]
+DOCUMENTS = [path for path in TRACKED if path.suffix in (".md", ".ipynb")]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=[str(p.relative_to(ROOT)) for p in DOCUMENTS])
@@ -251,7 +225,8 @@ def test_links_resolve(path):
 
 
 def test_links_that_lead_nowhere_are_noticed(tmp_path):
-    (tmp_path / "a.md").write_text("[here](a.md#part) [there](b.md) [web](https://example.org/b.md)")
+    text = "[here](a.md#part) [there](b.md) [web](https://example.org/b.md)"
+    (tmp_path / "a.md").write_text(text, encoding="utf-8")
     assert broken_links(tmp_path / "a.md") == ["b.md"]
     assert len(links(ROOT / "README.md")) > 15
 
@@ -261,69 +236,124 @@ def test_readme_lists_every_notebook():
     assert table == [path.name for path in reproduce.notebooks()]
 
 
-def test_tree_of_readme_is_there():
-    (tree,) = re.findall(r"```\n(README\.md.*?)```", README, flags=re.DOTALL)
-    parent, names = "", []
-    for line in tree.splitlines():
+def tree(text):
+    """Paths of an annotated tree whose folders end in a slash and whose levels are two spaces deep."""
+    found, parents = [], []
+    for line in text.splitlines():
         name = line.split()[0]
-        parent = parent if line.startswith("  ") else name
-        names.append(parent + name if line.startswith("  ") else name)
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents = parents[:depth]
+        found.append("".join([*parents, name]))
+        parents.append(name)
+    return found
+
+
+@with_git
+def test_tree_of_readme_is_there():
+    (text,) = re.findall(r"```\n(README\.md.*?)```", README, flags=re.DOTALL)
+    names = tree(text)
     assert not [name for name in names if not (ROOT / name).exists()]
-    known = {path.relative_to(ROOT).parts[0] for path in tracked()} - {".ci", ".gitignore", "LICENSE", "CITATION.cff"}
-    assert known == {name.split("/")[0] for name in names}
+    known = {path.relative_to(ROOT).parts[0] for path in TRACKED}
+    assert known - {".ci", ".github", ".gitignore", ".pre-commit-config.yaml", "LICENSE", "CITATION.cff"} == {
+        name.split("/")[0] for name in names
+    }
+    inside = {path.relative_to(ROOT / "packlib").parts[0] for path in TRACKED if ROOT / "packlib" in path.parents}
+    shown = {name.split("/")[1] for name in names if name.startswith("packlib/") and name != "packlib/"}
+    assert shown == inside - {"__init__.py", "py.typed"}, "every room is shown"
 
 
-def test_log_has_its_newest_entry_on_top():
-    dates = re.findall(r"^## (.{10}) · \S", (ROOT / "papermill_runs" / "LOG.md").read_text(), flags=re.MULTILINE)
-    assert dates and dates == sorted(dates, reverse=True) and all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates)
+def test_a_tree_is_read_level_by_level():
+    assert tree("a.md  one\nb/  two\n  c/  three\n    d.py  four\n  e.py  five") == [
+        "a.md",
+        "b/",
+        "b/c/",
+        "b/c/d.py",
+        "b/e.py",
+    ]
+
+
+def variables(text):
+    """Environment variables of ours that a text names."""
+    return set(re.findall(r"\bPACKLIB_[A-Z_]+\b", text))
+
+
+def test_readme_lists_every_environment_variable():
+    read_by_packlib = set().union(*(variables(path.read_text(encoding="utf-8")) for path in MODULES))
+    rows = re.findall(r"^\| `(PACKLIB_\w+)` \|", README, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(read_by_packlib) and "PACKLIB_DATA" in read_by_packlib
 
 
 # ---- packlib
 
 
-MODULES = sorted((ROOT / "packlib").rglob("*.py"))
-CORE = [path for path in MODULES if path.parent.name == "packlib" and path.stem != "__main__"]
-LAZY = {"gather": {"datasets", "pyarrow"}}  # modules that are imported when a data set is at hand
+CORE = [path for path in MODULES if "lab" not in path.parts and path.stem != "__main__"]
+LAZY = {"rows": {"datasets", "pyarrow"}}  # imported when a data set is at hand
+OWN_EXTRA = {"liger_kernel": "liger-kernel"}  # [liger]
+ASKED_FOR = {"sentencepiece"}  # where it is missing, an error says what to install
+COMES_ALONG = {"tokenizers": "transformers"}  # the version that transformers asks for
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=[str(p.relative_to(ROOT)) for p in MODULES])
-def test_a_module_is_one_idea(path):
-    assert len(path.read_text().splitlines()) <= 300
+def imported(source, *, functions=False):
+    """Packages (`packlib.lab` apart) that a module imports when it is imported; not those for type checkers alone.
 
-
-def imported(source):
-    """Top-level packages (`packlib.lab` apart) that a module imports when it is imported; not those for type checkers."""
+    functions: those that its functions import, too.
+    """
     names, waiting = set(), [ast.parse(source)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
             names |= {"packlib.lab" if name.startswith("packlib.lab") else name.split(".")[0] for name in modules}
-        elif not isinstance(node, ast.FunctionDef | ast.Lambda) and not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            continue
+        later = isinstance(node, ast.FunctionDef | ast.Lambda) and not functions
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if not later and not for_types:
             waiting.extend(ast.iter_child_nodes(node))
     return names - sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("path", CORE, ids=[p.stem for p in CORE])
+@pytest.mark.parametrize("path", CORE, ids=[str(path.relative_to(ROOT)) for path in CORE])
 def test_core_imports_numpy_torch_and_transformers_only(path):
-    assert imported(path.read_text()) <= {"packlib", "numpy", "torch", "transformers"} | LAZY.get(path.stem, set())
+    allowed = {"packlib", "numpy", "torch", "transformers"} | LAZY.get(path.stem, set())
+    assert imported(path.read_text(encoding="utf-8")) <= allowed
 
 
 def test_imports_are_seen_where_they_are():
-    source = "if True:\n  import trl.x\nfrom packlib.lab import y\ndef f():\n  import pandas\nif TYPE_CHECKING:\n  import datasets"
+    source = (
+        "if True:\n  import trl.x\nfrom packlib.lab import y\n"
+        "def f():\n  import pandas\nif TYPE_CHECKING:\n  import datasets"
+    )
     assert imported(source) == {"trl", "packlib.lab"}
+    assert imported(source, functions=True) == {"trl", "packlib.lab", "pandas"}
+
+
+def test_every_import_is_a_declared_dependency():
+    found = set().union(*(imported(path.read_text(encoding="utf-8"), functions=True) for path in MODULES))
+    foreign = found - {"packlib", "packlib.lab"} - ASKED_FOR - OWN_EXTRA.keys() - COMES_ALONG.keys()
+    assert {DISTRIBUTIONS.get(name, name) for name in foreign} <= LAB.keys()
+    assert set(OWN_EXTRA.values()) == requirements(PROJECT["optional-dependencies"]["liger"]).keys()
+    unused = LAB.keys() - {DISTRIBUTIONS.get(name, name) for name in found}
+    assert unused == {"jupyterlab", "ipywidgets", "gguf"}, "what people run, and what transformers reads .gguf with"
 
 
 def import_without(blocked, modules):
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); import {', '.join(modules)}"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
 
 
 def test_core_works_without_the_lab():
     blocked = ["trl", "papermill", "pandas", "matplotlib", "seaborn", "datasets", "pyarrow", "IPython", "packlib.lab"]
-    done = import_without(blocked, [f"packlib.{path.stem}" for path in CORE if path.stem not in {"__init__", *LAZY}])
+    modules = [path.relative_to(ROOT).with_suffix("") for path in CORE if path.stem not in {"__init__", *LAZY}]
+    done = import_without(blocked, [".".join(module.parts) for module in modules])
     assert done.returncode == 0, done.stderr[-500:]
-    assert "ModuleNotFoundError: import of packlib.lab halted" in import_without(["packlib.lab"], ["packlib.lab"]).stderr, "the block blocks"
+    halted = "ModuleNotFoundError: import of packlib.lab halted"
+    assert halted in import_without(["packlib.lab"], ["packlib.lab"]).stderr, "the block blocks"
+
+
+def test_packlib_says_that_it_is_typed():
+    assert PYPROJECT["tool"]["setuptools"]["package-data"]["packlib"] == ["py.typed"]
+    assert (ROOT / "packlib" / "py.typed").is_file()
 
 
 # ---- what is published
@@ -335,13 +365,27 @@ def private(text):
     return [line.strip()[:200] for line in lines if MACHINE_PATH.search(line) or REGISTRY.search(line)]
 
 
+@with_git
 def test_no_file_names_a_machine_or_a_registry():
     own = {Path(__file__), ROOT / "tests" / "notebooks" / "test_notebooks.py"}  # they show that such names are found
-    found = {str(path.relative_to(ROOT)): private(path.read_text()) for path in tracked() if path.suffix not in BINARY and path not in own}
+    found = {
+        str(path.relative_to(ROOT)): private(path.read_text(encoding="utf-8"))
+        for path in TRACKED
+        if path.suffix not in BINARY and path not in own
+    }
     assert len(found) > 100 and not {name: lines for name, lines in found.items() if lines}
 
 
-@pytest.mark.parametrize("text", ["see /work/x", "in '/home/someone/x'", "/root/.cache", "pip install --index-url x", "https://pypi.example.org/simple"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "see /work/x",
+        "in '/home/someone/x'",
+        "/root/.cache",
+        "pip install --index-url x",
+        "https://pypi.example.org/simple",
+    ],
+)
 def test_names_of_machines_and_registries_are_noticed(text):
     assert private(f"first\n{text}\nlast") == [text]
     assert not private("papermill_runs/work/x, ~/work/x, https://arxiv.org/abs/1, conda-forge, notebooks/root/x")
@@ -353,15 +397,18 @@ def unpublishable(path):
         return "1 MB or more"
     if not any(cell.cell_type == "code" and cell.outputs for cell in nbformat.read(path, 4).cells):
         return "was not executed"
-    return next(iter(private(path.read_text())), None)
+    return next(iter(private(path.read_text(encoding="utf-8"))), None)
 
 
+@with_git
 def test_published_notebooks():
-    published = [path for path in tracked() if path.suffix == ".ipynb" and "papermill_runs" in path.parts]
-    assert not {path.name: unpublishable(path) for path in published if unpublishable(path)}
+    published = [path for path in TRACKED if path.suffix == ".ipynb" and "papermill_runs" in path.parts]
+    assert published and not {path.name: unpublishable(path) for path in published if unpublishable(path)}
 
 
-@pytest.mark.parametrize("text, reason", [("x" * 1_000_000, "1 MB"), ("at /work/x", "at /work/x"), (None, "not executed"), ("fine", None)])
+@pytest.mark.parametrize(
+    "text, reason", [("x" * 1_000_000, "1 MB"), ("at /work/x", "at /work/x"), (None, "not executed"), ("fine", None)]
+)
 def test_unpublishable_notebooks_are_noticed(text, reason, tmp_path):
     output = [] if text is None else [nbformat.v4.new_output("stream", text=text)]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1", outputs=output)])

@@ -21,7 +21,7 @@ def segment_lengths(cu_seqlens: Tensor) -> list[int]:
 
 
 def uniform_segments(segments: int, length: int, device: torch.device) -> Tensor:
-    """`cu_seqlens` of segments of one length: rows without padding. int32 [segments + 1] on `device`, no synchronisation."""
+    """`cu_seqlens` of segments of one length, rows without padding: int32 [segments + 1] on `device`, no waiting."""
     cu_seqlens = torch.arange(0, (segments + 1) * length, length, dtype=torch.int32, device=device)
     cu_seqlens._packlib_lengths = (cu_seqlens._version, [length] * segments)
     return cu_seqlens

@@ -1,7 +1,7 @@
 """A stand-in for the flash-attn package, so that transformers' own flash path runs where that package is not installed.
 
-What packing does in practice is decided by transformers' dispatch code: which branch unpads, which one reads position ids, when
-boundaries are ignored. Here that code runs unchanged, on a CPU too; only the innermost function is ours.
+What packing does in practice is decided by transformers' dispatch code: which branch unpads, which one reads position
+ids, when boundaries are ignored. Here that code runs unchanged, on a CPU too; only the innermost function is ours.
 """
 
 import sys
@@ -75,18 +75,24 @@ def _target_dtype(query: Tensor, module: nn.Module) -> torch.dtype | None:
 _transformers_target_dtype = flash_attention.get_target_dtype
 
 
+def is_stand_in() -> bool:
+    """Whether the package that transformers takes for flash-attn is the stand-in."""
+    return hasattr(sys.modules.get("flash_attn"), "packlib_stand_in")
+
+
 @contextmanager
 def flash_stand_in(kernel: str = "auto") -> Iterator[None]:
     """Let `attn_implementation="flash_attention_2"` run without the flash-attn package, on a kernel of packlib.
 
-    Unpadding, reading of position ids, windows and the models' own flash classes (Falcon's has no other route to a varlen kernel)
-    stay transformers' code. Load the model inside the context. Outside it everything is as before; to install it for a whole
-    process, enter it on an ExitStack that is never closed.
+    Unpadding, reading of position ids, windows and the models' own flash classes (Falcon's has no other route to a
+    varlen kernel) stay transformers' code. Load the model inside the context. Outside it everything is as before; to
+    install it for a whole process, enter it on an ExitStack that is never closed.
     """
     flash_attn_package()  # the real one, if there is one, before its name is taken
     utils = modeling_flash_attention_utils
     package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
     package.__spec__ = ModuleSpec("flash_attn", None)
+    package.packlib_stand_in = True
     package.flash_attn_func, package.flash_attn_varlen_func = _flash_functions(kernel)
     package.flash_attn_with_kvcache = _no_kvcache
     padding.pad_input, padding.unpad_input = utils._pad_input, utils._unpad_input

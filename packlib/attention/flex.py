@@ -1,8 +1,9 @@
 """FlexAttention with a document mask: one compiled kernel that takes windows, softcap and any head dimension.
 
-Two costs to keep away: every new T compiles anew, so T is padded up to a power of two; and building the block mask can cost more than the
-attention, so it is built once per batch and kept on `cu_seqlens`. A trap: after eight compilations PyTorch silently runs FlexAttention uncompiled,
-dense, T × T; here that limit is far away, and passing it is an error. On the CPU PyTorch has no backward for it, and it runs uncompiled.
+Two costs to keep away: every new T compiles anew, so T is padded up to a power of two; and building the block mask can
+cost more than the attention, so it is built once per batch and kept on `cu_seqlens` (inside a compiled layer: once per
+layer). A trap: after eight compilations PyTorch silently runs FlexAttention uncompiled, dense, T × T; here that limit
+is far away, and passing it is an error. On the CPU PyTorch has no backward for it, and it runs uncompiled.
 """
 
 import warnings
@@ -30,7 +31,7 @@ _RECOMPILE_LIMIT = 256  # kinds of call (bucket, heads, head dimension, dtype, m
 
 @cache
 def _compiled(function: Callable[..., Any], device_type: str, backend: str = "inductor") -> Callable[..., Any]:
-    """`function` itself on a CPU, else compiled; RuntimeError, never an uncompiled run, beyond `_RECOMPILE_LIMIT` kinds of call."""
+    """`function` itself on a CPU, else compiled; RuntimeError, never uncompiled, above `_RECOMPILE_LIMIT` kinds."""
     if device_type == "cpu":
         return function
     compiled = torch.compile(function, dynamic=False, fullgraph=True, backend=backend)
@@ -43,22 +44,31 @@ def _compiled(function: Callable[..., Any], device_type: str, backend: str = "in
 
 
 def document_mask(cu_seqlens: Tensor, length: int, visible: Callable[[Tensor, Tensor], Tensor], key: Any) -> BlockMask:
-    """Block mask [1, 1, length, length]: same segment and `visible(q, k)`. Built once for each `cu_seqlens`, `length` and `key`.
+    """Block mask [1, 1, length, length]: same segment and `visible(q, k)`. Once for each `cu_seqlens`, `length`, `key`.
 
-    Positions from `cu_seqlens[-1]` on are padding: each sees itself only, so their blocks cost next to nothing. No synchronisation.
+    Positions from `cu_seqlens[-1]` on are padding: each sees itself only, so their blocks cost next to nothing. No
+    synchronisation.
     """
+    if torch.compiler.is_compiling():
+        return _build_mask(create_block_mask, cu_seqlens, length, visible)
     known = cu_seqlens.__dict__.setdefault("_packlib_block_masks", {})
     if (cu_seqlens._version, length, key) not in known:
-        position = torch.arange(length, device=cu_seqlens.device)
-        segment = torch.searchsorted(cu_seqlens, position, right=True)
-        segment = torch.where(position < cu_seqlens[-1], segment, segment + position)
-
-        def mask(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (segment[q] == segment[k]) & visible(q, k)
-
         create = _compiled(create_block_mask, cu_seqlens.device.type)
-        known[cu_seqlens._version, length, key] = create(mask, None, None, length, length, device=cu_seqlens.device)
+        known[cu_seqlens._version, length, key] = _build_mask(create, cu_seqlens, length, visible)
     return known[cu_seqlens._version, length, key]
+
+
+def _build_mask(
+    create: Callable[..., BlockMask], cu_seqlens: Tensor, length: int, visible: Callable[[Tensor, Tensor], Tensor]
+) -> BlockMask:
+    position = torch.arange(length, device=cu_seqlens.device)
+    segment = torch.searchsorted(cu_seqlens, position, right=True)
+    segment = torch.where(position < cu_seqlens[-1], segment, segment + position)
+
+    def mask(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (segment[q] == segment[k]) & visible(q, k)
+
+    return create(mask, None, None, length, length, device=cu_seqlens.device)
 
 
 @cache
@@ -86,6 +96,8 @@ def flex_varlen(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, 
         "enable_gqa": grouped,
         "score_mod": _soft(softcap) if softcap else None,
     }
+    if torch.compiler.is_compiling():
+        return flex_attention(q, k, v, **options)[0].transpose(0, 1)[:total]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")  # on the CPU, on purpose
         return _compiled(flex_attention, q.device.type)(q, k, v, **options)[0].transpose(0, 1)[:total]

@@ -1,11 +1,15 @@
 """Attention inside each segment of a packed row, over interchangeable kernels with one signature.
 
-A packed row is [T, H, D] with boundaries `cu_seqlens`; a token sees only its own segment. `reference` is the slow obvious
-version; the others are held against it. What they trade: `reference` builds T × T scores; `sdpa` makes one call per segment,
-so work is Σ n² and no mask is ever built (what makes packing pay on a CPU), at one launch per segment on a GPU; `flash_attn`
-and `torch_varlen` are one launch, half precision only; `flex` compiles for each bucket of T and builds a block mask per batch.
-The caller chooses; `auto` picks once and says so. Only `sdpa` needs lengths on the host: one synchronisation a batch,
-remembered on the tensor. The others need none.
+A packed row is [T, H, D] with boundaries `cu_seqlens`; a token sees only its own segment. `reference` is the slow
+obvious version; the others are held against it. What they trade: `reference` builds T × T scores; `sdpa` makes one call
+per segment, so work is Σ n² and no mask is ever built (what makes packing pay on a CPU), at one launch per segment on a
+GPU; `flash_attn` and `torch_varlen` are one launch, half precision only; `flex` compiles for each bucket of T and
+builds a block mask per batch. The caller chooses; `auto` picks once and says so. Only `sdpa` needs lengths on the host:
+one synchronisation a batch, remembered on the tensor. The others need none.
+
+All can be traced by `torch.compile(fullgraph=True)`: boundaries are data of a graph, not part of it, so that other
+boundaries of the same shape compile nothing. There `sdpa` is one opaque operator: it loops over segments, and its
+backward computes their scores once more.
 """
 
 import importlib.util
@@ -16,11 +20,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packlib.attention import flex
 from packlib.attention.cu_seqlens import segment_lengths
 
 logger = logging.getLogger(__name__)
@@ -28,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Call:
-    """What a kernel is asked for; q, k, v apart. `window` counts visible tokens to the left, the token itself included."""
+    """What a kernel is asked for; q, k, v apart. `window` counts visible tokens to the left, itself included."""
 
     cu_seqlens: Tensor
     max_seqlen: int
@@ -64,6 +70,8 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _sdpa_operator(q, k, v, call.cu_seqlens, call.causal, call.window or 0, call.scale)
     lengths = [n for n in segment_lengths(call.cu_seqlens) if n]
     if len(set(lengths)) == 1:
         q, k, v = (x.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for x in (q, k, v))
@@ -71,6 +79,61 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     # split and cat are one autograd node each; writing into slices would cost one node per segment
     pieces = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)))
     return torch.cat([_sdpa_segments(*piece, call).transpose(1, 2)[0] for piece in pieces])
+
+
+@torch.library.custom_op("packlib::sdpa_segments", mutates_args=())
+def _sdpa_operator(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, scale: float
+) -> Tensor:
+    """`_sdpa` as one operator of a graph. window: 0 for all."""
+    return _sdpa(q, k, v, Call(cu_seqlens, 0, causal, window or None, scale)).contiguous()
+
+
+@_sdpa_operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+@torch.library.custom_op("packlib::sdpa_segments_backward", mutates_args=())
+def _sdpa_operator_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By hand: an operator runs below autograd. Scores of one segment at a time, [H, n, n]."""
+    call, group = Call(cu_seqlens, 0, causal, window or None, scale), q.shape[1] // k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    found = []
+    lengths = [n for n in segment_lengths(cu_seqlens) if n]
+    for piece in zip(*(x.split(lengths) for x in (grad, q, k, v))):
+        dout, query, key, value = (x.transpose(0, 1).to(dtype) for x in piece)  # [H or Hkv, n, D]
+        key, value = key.repeat_interleave(group, 0), value.repeat_interleave(group, 0)
+        position = torch.arange(query.shape[1], device=q.device)
+        hidden = ~call.visible(position[:, None], position)
+        weights = (query @ key.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1)
+        dweights = dout @ value.mT
+        dscores = weights * (dweights - (dweights * weights).sum(-1, keepdim=True)) * scale
+        dkv = (x.unflatten(0, (-1, group)).sum(1) for x in (dscores.mT @ query, weights.mT @ dout))
+        found.append([x.transpose(0, 1) for x in (dscores @ key, *dkv)])
+    dq, dk, dv = (torch.cat(pieces).to(q.dtype) for pieces in zip(*found))
+    return dq, dk, dv
+
+
+@_sdpa_operator_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+def _sdpa_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return *_sdpa_operator_backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+
+
+_sdpa_operator.register_autograd(_sdpa_gradient, setup_context=_keep_inputs)
 
 
 def _sdpa_segments(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
@@ -92,8 +155,6 @@ def _sdpa_segments(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-    from packlib import flex
-
     key = call.causal, call.window
     mask = flex.document_mask(call.cu_seqlens, flex.bucket(len(q)), call.visible, key)
     return flex.flex_varlen(q, k, v, mask, call.scale, call.softcap)
@@ -112,9 +173,17 @@ def _same_head_dim(kernel: _Run) -> _Run:
     return padded
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _varlen_attn() -> tuple[Callable[..., Tensor], frozenset[str]]:
-    """PyTorch's varlen kernel and its options: `is_causal` in 2.10, `window_size` from 2.11, `enable_gqa` from 2.12 (2.11 needs no word for it)."""
+    """PyTorch's varlen kernel and its options.
+
+    `is_causal` in 2.10, `window_size` from 2.11, `enable_gqa` from 2.12 (2.11 needs no word for it).
+    """
+    return _imported_varlen_attn()
+
+
+@cache
+def _imported_varlen_attn() -> tuple[Callable[..., Tensor], frozenset[str]]:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
@@ -144,9 +213,14 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     return varlen_attn(q, k, v, call.cu_seqlens, call.cu_seqlens, call.max_seqlen, call.max_seqlen, **options)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def flash_attn_package() -> Callable[..., Tensor] | None:
     """`flash_attn_varlen_func` of the installed package (never of `flash_stand_in`), None without it."""
+    return _imported_flash_attn()
+
+
+@cache
+def _imported_flash_attn() -> Callable[..., Tensor] | None:
     try:
         distribution("flash-attn")
     except PackageNotFoundError:
@@ -209,7 +283,7 @@ KERNELS: MappingProxyType[str, Kernel] = MappingProxyType(
 
 
 def kernel_table(device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> list[dict[str, object]]:
-    """Which kernels work on `device` (default: the GPU if there is one) in `dtype` (bfloat16 there, else float32), and why not.
+    """Which kernels work on `device` in `dtype`, and why not. Default: the GPU in bfloat16, or the CPU in float32.
 
     >>> [row["kernel"] for row in kernel_table("cpu") if row["works"]]
     ['sdpa', 'flex', 'reference']
@@ -237,8 +311,9 @@ def _resolve(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
     return kernel
 
 
+@torch.compiler.assume_constant_result
 def resolve_kernel(kernel: str, device: str | torch.device, dtype: torch.dtype) -> str:
-    """`kernel` itself, or what "auto" stands for on this device and dtype. ValueError if unknown or not working here."""
+    """`kernel` itself, or what "auto" stands for on this device and dtype. ValueError if unknown or without effect."""
     return _resolve(kernel, torch.device(device), dtype)
 
 
@@ -263,13 +338,13 @@ def varlen_attention(
         cu_seqlens: int32 [segments + 1] on `query.device`, from 0 to T: segment i is `cu_seqlens[i]:cu_seqlens[i + 1]`.
         max_seqlen: length of the longest segment, tokens; an int, so that no kernel has to ask the device.
         causal: a token sees itself and what comes before it; otherwise its whole segment.
-        window: tokens visible to the left, the token itself included (as many to the right if not causal); None for all.
+        window: tokens visible to the left, the token itself included (as many to the right if not causal); None: all.
         scale: factor on q·k; default D ** -0.5.
         softcap: scores become softcap · tanh(score / softcap), where the kernel has it.
         kernel: a name in KERNELS, or "auto".
 
-    Returns [T, H, Dv] in `query.dtype`. Time O(Σ n²) (`reference`: O(T²)). Raises ValueError for shapes that do not fit, an
-    unknown or unavailable kernel, and an option that the kernel does not have.
+    Returns [T, H, Dv] in `query.dtype`. Time O(Σ n²) (`reference`: O(T²)). Raises ValueError for shapes that do not
+    fit, an unknown or unavailable kernel, and an option that the kernel does not have.
 
     >>> q = torch.ones(3, 1, 2); v = torch.tensor([1.0, 3.0, 5.0])[:, None, None]
     >>> varlen_attention(q, q, v, torch.tensor([0, 2, 3], dtype=torch.int32), 2, kernel="sdpa").flatten().tolist()
@@ -299,14 +374,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != q.device:
         actual = f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} on {cu_seqlens.device}"
         raise ValueError(f"cu_seqlens is {actual}; expected torch.int32 [segments + 1] on {q.device}")
-    if not isinstance(max_seqlen, int):
+    if not isinstance(max_seqlen, int | torch.SymInt):
         raise ValueError(
             f"max_seqlen is a {type(max_seqlen).__name__}; expected an int: a tensor would synchronise every layer"
         )
     if window is not None and window < 1:
         raise ValueError(f"window = {window}; expected at least 1, or None")
-    if q.device.type != "cpu":  # reading values would synchronise; they come from lengths that the collator has checked
-        return
+    if len(cu_seqlens) < 2:
+        raise ValueError(
+            f"cu_seqlens has {len(cu_seqlens)} entries; expected where segments begin, and where the last ends"
+        )
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # reading values would synchronise, or end the graph; the collator has checked the lengths behind them
     lengths = segment_lengths(cu_seqlens)
     if not lengths or cu_seqlens[0] != 0 or sum(lengths) != len(q) or min(lengths) < 0 or max(lengths) > max_seqlen:
         raise ValueError(

@@ -1,46 +1,54 @@
 """Variable-length attention for models of transformers: `attn_implementation="packlib_varlen"`.
 
-Boundaries come from the batch, never from a guess: `cu_seq_lens_q` of a flat [1, T] batch, or the 2-D mask of a padded one,
-which is unpadded so that padded baselines run on the same kernel. What looks packed but has no boundaries is an error. Guessing
-from position ids on the device costs one synchronisation in every layer (18 % of a 7B step); here a packed batch costs none,
-a padded one one.
+Boundaries come from the batch, never from a guess: `cu_seq_lens_q` of a flat [1, T] batch, or the 2-D mask of a padded
+one, which is unpadded so that padded baselines run on the same kernel. What looks packed but has no boundaries is an
+error. Guessing from position ids on the device costs one synchronisation in every layer (18 % of a 7B step) and
+transformers' own question whether they restart one in every forward; here a packed batch costs none, a padded one one.
+
+What a model wants of its attention is known in two places: its mask (causal or not, a window, chunks, pads) and the
+arguments of the attention call. Eager attention obeys the mask alone, so the mask's wishes are handed on to the kernel,
+and what contradicts them is an error. Both functions here and the layers between them can be compiled.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
-from packlib.attention.cu_seqlens import segment_lengths, uniform_segments
-from packlib.attention.flash_stand_in import flash_stand_in
-from packlib.attention.kernels import KERNELS, kernel_table, resolve_kernel, varlen_attention
-
-__all__ = ["KERNELS", "flash_stand_in", "kernel_table", "register_attention", "resolve_kernel", "varlen_attention"]
+from packlib.attention.cu_seqlens import segment_lengths
+from packlib.attention.kernels import KERNELS, varlen_attention
 
 # Arguments of transformers' attention functions that change the result and that no kernel here has.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "alibi")
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where the real tokens of a padded batch are: `index` int64 [real tokens] into B · T (None: all), `cu_seqlens`, `max_seqlen`."""
-
-    index: Tensor | None
-    cu_seqlens: Tensor
-    max_seqlen: int
+_PACKED = (
+    "position_ids restart inside a row, but no boundaries reached the attention; pass cu_seq_lens_q and max_length_q "
+    "(FlatteningCollator gives them) to a model that hands them to its attention, or one sequence a row"
+)
+_PACKED_BESIDE_MASK = (
+    "position_ids restart inside a row that has an attention_mask; with cu_seq_lens_q and an attention_mask the mask "
+    "wins in transformers and boundaries are lost, so packed rows have none (FlatteningCollator makes none)"
+)
+_registered: set[str] = set()  # names of ours, whose masks need no look at position ids
+_positions: ContextVar[Tensor | None] = ContextVar("position ids of the mask that is being made", default=None)
 
 
 def register_attention(kernel: str = "auto", name: str = "packlib_varlen") -> str:
     """Make `attn_implementation=name` known to transformers, running `kernel`; returns `name`.
 
-    Takes batches of three kinds: flat [1, T] with `cu_seq_lens_q` and `max_length_q` (what `FlatteningCollator` returns), padded
-    [B, T] with a 2-D attention_mask, and plain [B, T], one sequence a row. The forward raises ValueError if a batch looks packed
-    (position ids restart) but has no boundaries, has boundaries and a mask, or asks for what there is no kernel for: dropout,
-    sinks, decoding from a cache, masks of the model's own. `name` must not contain "flash": transformers takes such names for
-    kernels of its Hub.
+    Takes batches of three kinds: flat [1, T] with `cu_seq_lens_q` and `max_length_q` (what `FlatteningCollator`
+    returns), padded [B, T] with a 2-D attention_mask, and plain [B, T], one sequence a row. The forward raises
+    ValueError if a batch looks packed (position ids restart) but has no boundaries, has boundaries and a mask, or asks
+    for what there is no kernel for: dropout, sinks, decoding from a cache, masks of the model's own, chunks shorter
+    than a segment, pads that a router's loss would count; and for models whose attention never calls what is registered
+    here. `name` must not contain "flash": transformers takes such names for kernels of its Hub.
 
     >>> register_attention("sdpa", "packlib_example")
     'packlib_example'
@@ -55,34 +63,90 @@ def register_attention(kernel: str = "auto", name: str = "packlib_varlen") -> st
 
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, _mask)
+    _registered.add(name)
+    _leave_positions_alone()
+    _refuse_models_that_never_ask()
     return name
+
+
+def is_registered(name: str | None) -> bool:
+    """Whether `attn_implementation=name` is one of `register_attention`'s."""
+    return name in _registered
+
+
+class _Request(NamedTuple):
+    """What a model's mask asks for. window: as in `varlen_attention`. chunk: longest segment that its chunks allow."""
+
+    causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+
+    def encode(self, layout: Tensor) -> Tensor:
+        """`layout` [n] as [1, code, n] without copying: shapes, unlike attributes, reach compiled layers."""
+        size = self.window or self.chunk or 0
+        kind = 2 if self.chunk else int(self.causal)
+        return layout[None, None].expand(1, 1 + 3 * size + kind, -1)
+
+    @classmethod
+    def decode(cls, mask: Tensor) -> _Request:
+        size, kind = divmod(int(mask.shape[1]) - 1, 3)
+        if kind == 2:
+            return cls(chunk=size)
+        return cls(bool(kind), size or None)
 
 
 def _mask(
     batch_size: int,
     q_length: int,
     *args: Any,
+    mask_function: Callable[..., Any] | None = None,
     attention_mask: Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
     use_vmap: bool = False,
     config: Any = None,
+    device: torch.device | None = None,
     **kwargs: Any,
-) -> Tensor | None:
-    """Mask function for transformers: a 2-D mask stays as it is. An empty one says that transformers saw position ids restart."""
+) -> Tensor:
+    """Mask function for transformers: what the mask asks for, and where real tokens are, once a forward.
+
+    Returns int64 [1, code, n]: `code` is a `_Request`; n = B + 1 `cu_seqlens` of rows without a mask, or these and the
+    places of the real tokens in B · T.
+    """
     name = type(config).__name__
-    if use_vmap:
+    if use_vmap or getattr(mask_function, "__qualname__", "").startswith("or_masks"):
         raise ValueError(
             f"{name}'s model adds a mask of its own, which packlib_varlen would drop; use sdpa or flex_attention"
         )
-    chunk = getattr(config, "attention_chunk_size", None)
-    if chunk and q_length > chunk:
-        raise ValueError(
-            f"{name}: rows of {q_length} tokens exceed attention_chunk_size = {chunk}; there is no kernel for chunks"
-        )
-    if attention_mask is not None or allow_is_causal_skip or allow_is_bidirectional_skip:
-        return attention_mask
-    return torch.empty(batch_size, 0, dtype=torch.bool)
+    chunk = local_size if local_size and local_size == getattr(config, "attention_chunk_size", None) else None
+    causal = "allow_is_bidirectional_skip" not in kwargs
+    window = (
+        None if chunk or not local_size else local_size + (not causal)
+    )  # a two-sided window leaves its own token out
+    positions = None if torch.compiler.is_compiling() else _positions.get()
+    if attention_mask is None:
+        layout = torch.arange(0, (batch_size + 1) * q_length, q_length, device=device)
+    else:
+        layout = _real_tokens(attention_mask, positions, batch_size, q_length)
+    mask = _Request(causal, window, chunk).encode(layout)
+    if attention_mask is None and positions is not None:
+        mask._packlib_positions = positions  # looked at only if no boundaries reach the attention
+    return mask
+
+
+def _real_tokens(mask: Tensor, position_ids: Tensor | None, batch: int, length: int) -> Tensor:
+    """`cu_seqlens` of the real tokens of a padded batch, then their places in B · T: int64 [B + 1 + real tokens]."""
+    if mask.shape != (batch, length):
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected [B, T] = {(batch, length)}")
+    real = mask.bool().cpu()
+    neighbours = real[:, 1:] & real[:, :-1]
+    if position_ids is not None and position_ids.ndim == 2 and ((position_ids.cpu().diff() != 1) & neighbours).any():
+        raise ValueError(_PACKED_BESIDE_MASK)
+    lengths = real.sum(1)
+    if (broken := neighbours.sum(1) < lengths - 1).any():
+        row = int(broken.nonzero()[0])
+        raise ValueError(f"attention_mask[{row}] has zeros between its ones; expected padding at the ends")
+    places = real.flatten().nonzero()[:, 0]
+    return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0), places]).to(mask.device)
 
 
 def _forward(
@@ -101,10 +165,12 @@ def _forward(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     position_ids: Tensor | None = None,
+    pad_tokens: int = 0,
     **kwargs: Any,
 ) -> Tensor:
     """query [B, H, T, D], key and value [B, Hkv, T, D] -> [B, T, H, D]."""
     batch, _, length, _ = query.shape
+    # 1. Refuse what no kernel does.
     if dropout:
         raise ValueError(f"dropout = {dropout}: no varlen kernel here has it; set the config's attention dropout to 0")
     for name in _UNSUPPORTED:
@@ -116,63 +182,161 @@ def _forward(
         raise ValueError(
             f"{length} queries but {key.shape[2]} keys: packlib_varlen is for training; generate with sdpa"
         )
-    looks_packed = attention_mask is not None and attention_mask.shape[-1] == 0
+    if pad_tokens and _counts_pads(module):
+        raise ValueError(
+            f"the batch has {pad_tokens} pads, which the router loss of {type(module).__name__}'s model would count; "
+            "collate without pad_to_multiple_of, or set output_router_logits = False"
+        )
+    # 2. What the mask asks for, and what the call says.
+    ours = attention_mask is not None and attention_mask.ndim == 3
+    if attention_mask is not None and not ours:
+        raise ValueError(
+            f"{type(module).__name__} makes a mask of its own, of shape {tuple(attention_mask.shape)}, which "
+            "packlib_varlen would drop; use sdpa or eager attention"
+        )
+    request = _Request.decode(attention_mask) if ours else _Request(_is_causal(module, is_causal), sliding_window)
+    if sliding_window is not None and sliding_window != request.window:
+        raise ValueError(
+            f"{type(module).__name__} attends in a window of {sliding_window} tokens, but its mask has a window of "
+            f"{request.window}; expected them to agree"
+        )
+    # 3. Where segments are.
+    places = attention_mask[0, 0, batch + 1 :] if ours else query.new_empty(0)
     if cu_seq_lens_q is None:
-        if looks_packed:
-            raise ValueError(_PACKED)
-        layout = _layout(attention_mask, position_ids, batch, length, query.device)
-    elif attention_mask is not None and not looks_packed:
+        _refuse_restart(attention_mask if ours else None, position_ids, len(places) > 0)
+        cu_seqlens, max_seqlen = _rows(attention_mask if ours else None, batch, length, query.device), length
+    elif len(places):
         raise ValueError("the batch has cu_seq_lens_q and an attention_mask; expected no mask beside boundaries")
     elif batch != 1:
         raise ValueError(f"cu_seq_lens_q with {batch} rows; expected one flat row [1, T]")
+    elif cu_seq_lens_q.numel() < 2:
+        raise ValueError(
+            f"cu_seq_lens_q has {cu_seq_lens_q.numel()} entry: accelerate's dispatcher cuts every tensor of a batch of "
+            'an iterable data set to its rows; pass accelerator_config={"dispatch_batches": False} to the trainer'
+        )
     else:
-        longest = max(segment_lengths(cu_seq_lens_q)) if max_length_q is None else int(max_length_q)
-        layout = _Layout(None, cu_seq_lens_q, longest)
+        cu_seqlens = cu_seq_lens_q
+        max_seqlen = max(segment_lengths(cu_seqlens)) if max_length_q is None else max_length_q
+    if request.chunk and max_seqlen > request.chunk:
+        raise ValueError(
+            f"a segment of {max_seqlen} tokens exceeds attention_chunk_size = {request.chunk}; no kernel has chunks"
+        )
+    # 4. Flatten, attend, lay out again.
     dtype = value.dtype
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave q and k in float32
         dtype = torch.get_autocast_dtype(query.device.type)
-    flat = [x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value)]
-    if layout.index is not None:
-        flat = [x[layout.index] for x in flat]
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    options = {"causal": causal, "window": sliding_window, "scale": scaling, "softcap": softcap, "kernel": kernel}
-    out = varlen_attention(*flat, layout.cu_seqlens, layout.max_seqlen, **options)
-    if layout.index is not None:
-        out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, layout.index, out)
-    return out.unflatten(0, (batch, length))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
+    padded = len(places) not in (0, batch * length)
+    if padded:
+        q, k, v = (x[places] for x in (q, k, v))
+    out = varlen_attention(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        max_seqlen,
+        causal=request.causal,
+        window=request.window,
+        scale=scaling,
+        softcap=softcap,
+        kernel=kernel,
+    )
+    if padded:
+        out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, places, out)
+    return out.unflatten(0, (batch, length)).contiguous()
 
 
-_PACKED = (
-    "position_ids restart inside a row, but no boundaries reached the attention; pass cu_seq_lens_q and max_length_q "
-    "(FlatteningCollator gives them) to a model that hands them to its attention, or one sequence a row"
-)
+def _is_causal(module: nn.Module, told: bool | None) -> bool:
+    return told if told is not None else getattr(module, "is_causal", True)
 
 
-def _layout(mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int, device: torch.device) -> _Layout:
-    """Layout of a batch without boundaries, found in its first layer and kept on the tensor that came with the batch."""
-    carrier = mask if mask is not None else position_ids
-    if carrier is None:
-        return _Layout(None, uniform_segments(batch, length, device), length)
-    if (known := getattr(carrier, "_packlib_layout", None)) is None:
-        known = carrier._packlib_layout = _find_layout(mask, position_ids, batch, length, device)
-    return known
+def _rows(mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+    """`cu_seqlens` int32 [B + 1] of a batch without boundaries; kept on the mask, so that layers share its lengths."""
+    if mask is None:
+        return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
+    if torch.compiler.is_compiling():
+        return mask[0, 0, : batch + 1].int()
+    if getattr(mask, "_packlib_rows", None) is None:
+        mask._packlib_rows = mask[0, 0, : batch + 1].int().to(device)
+    return mask._packlib_rows
 
 
-def _find_layout(
-    mask: Tensor | None, position_ids: Tensor | None, batch: int, length: int, device: torch.device
-) -> _Layout:
-    if mask is not None and mask.shape != (batch, length):
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; expected [B, T] = {(batch, length)}")
-    real = torch.ones(batch, length, dtype=torch.bool) if mask is None else mask.bool().cpu()
-    neighbours = real[:, 1:] & real[:, :-1]
-    if position_ids is not None and position_ids.ndim == 2 and ((position_ids.cpu().diff() != 1) & neighbours).any():
+def _refuse_restart(mask: Tensor | None, position_ids: Tensor | None, masked: bool) -> None:
+    """Raise if position ids restart, in a batch without boundaries. Asked once a batch; compiled, on the device.
+
+    masked: whether it has pads; these were looked at when the mask was made.
+    """
+    if torch.compiler.is_compiling():
+        if position_ids is not None and position_ids.ndim == 2 and not masked:
+            torch._assert_async((position_ids.diff() == 1).all(), _PACKED)
+        return
+    positions = getattr(mask, "_packlib_positions", None if masked else position_ids)
+    if positions is None or positions.ndim != 2 or getattr(positions, "_packlib_one_by_one", False):
+        return
+    if (positions.diff() != 1).any():
         raise ValueError(_PACKED)
-    lengths = real.sum(1)
-    if (broken := neighbours.sum(1) < lengths - 1).any():
-        raise ValueError(
-            f"attention_mask[{int(broken.nonzero()[0])}] has zeros between its ones; expected padding at the ends"
-        )
-    if real.all():
-        return _Layout(None, uniform_segments(batch, length, device), length)
-    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
-    return _Layout(real.flatten().nonzero()[:, 0].to(device), cu_seqlens.to(device), int(lengths.max()))
+    positions._packlib_one_by_one = True
+
+
+def _counts_pads(module: nn.Module) -> bool:
+    """Whether this forward collects router logits, from which a load-balancing loss is made."""
+    if getattr(getattr(module, "config", None), "output_router_logits", False):
+        return True
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:
+        return False
+    return "router_logits" in (_active_collector.get() or {})
+
+
+def _leave_positions_alone() -> None:
+    """Let transformers not look at position ids when it makes a mask for an attention of ours.
+
+    It asks the device whether they restart, once for every mask of every forward; the answer is not needed where
+    boundaries are given, and `_refuse_restart` asks where they are not.
+    """
+    original = masking_utils._preprocess_mask_arguments
+    if hasattr(original, "_packlib_original"):
+        return
+    signature = inspect.signature(original)
+    if not {"config", "position_ids"} <= signature.parameters.keys():
+        return  # another transformers: it asks, which costs time and nothing else
+
+    @functools.wraps(original)
+    def preprocess(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        if bound.arguments["config"]._attn_implementation not in _registered:
+            return original(*args, **kwargs)
+        _positions.set(bound.arguments["position_ids"])
+        bound.arguments["position_ids"] = None
+        return original(*bound.args, **bound.kwargs)
+
+    preprocess._packlib_original = original  # type: ignore[attr-defined]
+    masking_utils._preprocess_mask_arguments = preprocess
+
+
+def _refuse_models_that_never_ask() -> None:
+    """Let transformers refuse an attention of ours for models whose own code never calls what is registered.
+
+    It would take the name without a word (`from_config`) or with a warning (`set_attn_implementation`), and go on with
+    the model's own attention, which knows no boundaries; some of them are not even causal without a mask.
+    """
+    for method in ("_check_and_adjust_attn_implementation", "set_attn_implementation"):
+        original = getattr(PreTrainedModel, method, None)
+        if original is not None and not hasattr(original, "_packlib_original"):
+            setattr(PreTrainedModel, method, _asking_first(original))
+
+
+def _asking_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def ask(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
+        ours = isinstance(attn_implementation, str) and attn_implementation in _registered
+        if ours and not self._can_set_attn_implementation():
+            name = type(self).__name__
+            raise ValueError(f"{name} computes attention by itself and never calls {attn_implementation!r}")
+        return original(self, attn_implementation, *args, **kwargs)
+
+    ask._packlib_original = original  # type: ignore[attr-defined]
+    return ask

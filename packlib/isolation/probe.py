@@ -1,4 +1,4 @@
-"""How to look into a model that packs: random examples, its logits where each example lies, gradients between examples, first difference.
+"""How to look into a model that packs: examples, its logits where each lies, gradients between them, first difference.
 
 The parts of `packlib.isolation` that know nothing about verdicts.
 """
@@ -36,12 +36,41 @@ _CULPRITS = {
 }
 
 
-def packed_batch(examples: Sequence[Sequence[int]]) -> dict[str, Any]:
+def length_thresholds(config: Any) -> dict[str, int]:
+    """Lengths in tokens at which a model of this config changes what it does, by their names in it.
+
+    Windows, chunks, the length from which attention is scaled (`floor_scale`, `llama_4_scaling_beta`), and the one from
+    which rotary embeddings have other frequencies (`longrope`; `dynamic`: max_position_embeddings).
+    """
+    found: dict[str, int] = {}
+
+    def note(name: str, value: Any) -> None:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            found[name] = value
+
+    text = config.get_text_config()
+    for name in ("sliding_window", "attention_window_size", "local_attention", "window_size", "attention_chunk_size"):
+        note(name, getattr(text, name, None))
+    if getattr(text, "attn_temperature_tuning", False):
+        note("floor_scale", getattr(text, "floor_scale", None))
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    for kind in [rope, *(value for value in rope.values() if isinstance(value, Mapping))]:
+        original = kind.get("original_max_position_embeddings", getattr(text, "original_max_position_embeddings", None))
+        rope_type = kind.get("rope_type", kind.get("type"))
+        if rope_type == "longrope" or kind.get("llama_4_scaling_beta") is not None:
+            note("original_max_position_embeddings", original)
+        elif rope_type == "dynamic":
+            note("max_position_embeddings", text.max_position_embeddings)
+    return found
+
+
+def packed_batch(examples: Sequence[Sequence[int]], collator: FlatteningCollator | None = None) -> dict[str, Any]:
     """The batch that `FlatteningCollator` makes, without labels and with the cache off.
 
-    With a cache, transformers no longer looks at position ids that restart; `use_cache` is set here and in `alone_batch`, nowhere else.
+    With a cache, transformers no longer looks at position ids that restart; `use_cache` is set here and in
+    `alone_batch`, nowhere else.
     """
-    batch = FlatteningCollator()([{"input_ids": list(e)} for e in examples])
+    batch = (collator or FlatteningCollator())([{"input_ids": list(e)} for e in examples])
     del batch["labels"]
     return batch | {"use_cache": False}
 
@@ -52,12 +81,13 @@ def alone_batch(example: Sequence[int], copies: int = 1) -> dict[str, Any]:
 
 
 def probe_tokens(model: nn.Module, lengths: Sequence[int], seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Random examples, and the same with every token replaced. No special tokens; no token twice if there are enough."""
+    """Random examples, and the same with every token replaced. No special token, none twice if there are enough."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     special = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "unk", "mask")}
     usable = torch.tensor([t for t in range(min(4, vocabulary // 2), min(vocabulary, 50_000)) if t not in special])
-    order = usable[torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed))]
-    order = order.repeat(-(-2 * sum(lengths) // len(order)))
+    generator = torch.Generator().manual_seed(seed)
+    shuffles = -(-2 * sum(lengths) // len(usable))
+    order = torch.cat([usable[torch.randperm(len(usable), generator=generator)] for _ in range(shuffles)])
     pieces = order[: 2 * sum(lengths)].split([*lengths, *lengths])
     return [p.tolist() for p in pieces[: len(lengths)]], [p.tolist() for p in pieces[len(lengths) :]]
 
@@ -101,8 +131,10 @@ def largest(a: Tensor, b: Tensor | None = None) -> float:
 def input_gradients(
     model: nn.Module, batch: Mapping[str, Any], places: Sequence[Place], seed: int = 0
 ) -> list[list[float]] | None:
-    """[watched][moved]: gradient of a random projection of one example's logits with respect to another's embeddings, largest value
-    relative to its own. None where the attention has no backward (FlexAttention on a CPU)."""
+    """[watched][moved]: gradient of a random projection of one example's logits with respect to another's embeddings.
+
+    The largest value, relative to its own. None where the attention has no backward (FlexAttention on a CPU).
+    """
     leaves: list[Tensor] = []
 
     def to_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -173,10 +205,10 @@ def _trace(
 def first_difference(
     model: nn.Module, a: Mapping[str, Any], b: Mapping[str, Any], at_a: Place, at_b: Place, tolerance: float
 ) -> tuple[str | None, str | None]:
-    """Name of the first module that treats the same example differently in batches `a` and `b`, and what kind of thing it is.
+    """Name of the first module that treats the same example differently in batches `a` and `b`, and what kind it is.
 
-    If the first module whose output differs was already given different inputs, what differs lies between modules: the parent is named
-    (attention between q_proj and o_proj).
+    If the first module whose output differs was already given different inputs, what differs lies between modules: the
+    parent is named (attention between q_proj and o_proj).
     """
 
     def differ(x: Tensor | None, y: Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""Will packing pay on this data? The lengths are planned with every strategy, and time and memory are predicted from the plans.
+"""Will packing pay on this data? Every strategy plans the lengths; time and memory are predicted from the plans.
 
 `costs.py` has the model behind the prediction. The recommendation is one sentence, also when it is "do not pack".
 """
@@ -22,7 +22,10 @@ MANY = 100_000  # the dynamic programme of dynapipe takes minutes above this
 
 @dataclass(frozen=True)
 class Prediction:
-    """One strategy on one epoch. speed_up: real tokens/s over padding's; *_error: relative, None where nothing was measured."""
+    """One strategy on one epoch.
+
+    speed_up: real tokens/s over padding's. *_error: relative, None where nothing was measured.
+    """
 
     strategy: str
     label: str
@@ -58,7 +61,8 @@ class Advice:
         lines.append(f"{'strategy':34}{numbers}{'speed-up':>15}{'peak GB':>14}")
         for p in self.strategies:
             fill = "" if p.capacity_fill is None else f"{p.capacity_fill:.3f}"
-            numbers = f"{p.rows:9,}{p.optimizer_steps:8,}{p.examples_per_step:9.1f}{p.waste:7.2f}{fill:>7}{p.broken_examples:7,}"
+            numbers = f"{p.rows:9,}{p.optimizer_steps:8,}{p.examples_per_step:9.1f}{p.waste:7.2f}"
+            numbers += f"{fill:>7}{p.broken_examples:7,}"
             speed = _plus_minus(p.speed_up, p.speed_up_error)
             peak = _plus_minus(p.peak_memory_bytes / 1e9, p.peak_memory_error)
             lines.append(f"{p.label:34}{numbers}{speed:>15}{peak:>14}")
@@ -76,7 +80,7 @@ def advise(
     runs: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
 ) -> Advice:
-    """Advice for examples of these lengths (tokens, integers [examples]); what is above `max_tokens` counts as truncated.
+    """Advice for examples of these lengths (tokens, integers [examples]); what exceeds `max_tokens` is truncated.
 
     batch_size: examples per mini-batch, or rows of max_tokens, as in `RunSpec`. model: a name that `build_model` takes;
     default: that of the records, else mistral-7b. runs: records (`records.read_records`) to calibrate on. Raises
@@ -119,7 +123,10 @@ def advise(
 
 
 def describe(lengths: np.ndarray) -> dict[str, Any]:
-    """Counts, quantiles in tokens, and a histogram over 14 equal steps of log length: (upper end, examples, share of tokens)."""
+    """Counts, quantiles in tokens, and a histogram over 14 equal steps of log length.
+
+    A bin of the histogram is (upper end in tokens, examples, share of all tokens).
+    """
     edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 15).round().astype(int))
     examples, _ = np.histogram(lengths, edges)
     tokens, _ = np.histogram(lengths, edges, weights=lengths / lengths.sum())
@@ -156,7 +163,7 @@ def lost_by_capacity(lengths: np.ndarray) -> dict[int, float]:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One strategy's epoch: its plan's report, real tokens per unit of cost, micro-batches on a rank, slots of the largest."""
+    """One strategy's epoch: its plan's report, tokens per unit of cost, micro-batches a rank, slots of the largest."""
 
     report: PlanReport
     tokens_per_cost: float
@@ -200,24 +207,27 @@ def _notes(
     fewer = min((p for p in found if not STRATEGIES[p.strategy].contaminated), key=lambda p: p.optimizer_steps)
     if (times := padding.optimizer_steps / fewer.optimizer_steps) > 1.2:
         notes.append(
-            f"Steps: {fewer.label} takes {fewer.optimizer_steps:,} optimiser steps an epoch, padding {padding.optimizer_steps:,}. At padding's "
-            f"learning rate the model then moves less: keep the examples per step (smaller batches, `constant_examples`), or raise the rate, "
-            f"with Adam by about √{times:.1f} = {times**0.5:.1f} × as a start, and compare validation loss at equal examples. Mini-batch packing "
-            f"changes no step."
+            f"Steps: {fewer.label} takes {fewer.optimizer_steps:,} optimiser steps an epoch, padding "
+            f"{padding.optimizer_steps:,}. At padding's learning rate the model then moves less: keep the examples per "
+            f"step (smaller batches, `constant_examples`), or raise the rate, with Adam by about √{times:.1f} = "
+            f"{times**0.5:.1f} × as a start, and compare validation loss at equal examples. Mini-batch packing changes "
+            f"no step."
         )
     if broken := [p.label for p in found if p.broken_examples]:
         notes.append(
-            f"{' and '.join(broken)} cut examples in two; without PosID neighbours also see each other, which costs quality."
+            f"{' and '.join(broken)} cut examples in two; without PosID neighbours also see each other, which costs "
+            f"quality."
         )
     if time.error is None:
         notes.append(
-            f"No records to calibrate on: speed-ups are ratios of {model}'s FLOPs, without fixed costs, and their error is unknown. "
-            f"`python -m packlib reproduce` makes records; name their run with --records."
+            f"No records to calibrate on: speed-ups are ratios of {model}'s FLOPs, without fixed costs, and their "
+            f"error is unknown. `python -m packlib reproduce` makes records; name their run with --records."
         )
         return notes
     measured, device = runs[0]["spec"]["model"], runs[0]["environment"]["device"]
     notes.append(
-        f"Calibrated on {time.runs} runs of {measured} on {device}; ± is the largest error when a strategy is predicted from the others."
+        f"Calibrated on {time.runs} runs of {measured} on {device}; "
+        f"± is the largest error when a strategy is predicted from the others."
     )
     beyond = []
     if measured != model:
@@ -245,25 +255,27 @@ def _recommend(found: Sequence[Prediction]) -> str:
         return f"Do not pack: {waste}, so packing would gain {max(packed.speed_up, multi.speed_up) - 1:.0%} at most."
     if packed.speed_up < WORTH:
         return (
-            f"Mini-batch packing is not worth it ({waste}); multipack would run {multi.speed_up:.2f} × as fast by fuller batches, with "
-            f"{multi.optimizer_steps:,} instead of {padding.optimizer_steps:,} steps an epoch, so only if you can retune the learning rate."
+            f"Mini-batch packing is not worth it ({waste}); multipack would run {multi.speed_up:.2f} × as fast by "
+            f"fuller batches, with {multi.optimizer_steps:,} instead of {padding.optimizer_steps:,} steps an epoch, so "
+            f"only if you can retune the learning rate."
         )
     if packed.speed_up * (1 - error) < WORTH:
         gain = f"the predicted {packed.speed_up:.2f} × is within the error of ±{error:.0%}"
         return f"Probably not worth it: {waste}, and {gain}; measure before you switch."
     also = ""
     if grouped.speed_up > 0.95 * packed.speed_up:
-        also = f", though group by length gets {grouped.speed_up:.2f} × with one setting, at the price of less random batches"
+        gets = f"group by length gets {grouped.speed_up:.2f} × with one setting"
+        also = f", though {gets}, at the price of less random batches"
     elif multi.speed_up > 1.1 * packed.speed_up:
-        also = f"; multipack reaches {multi.speed_up:.2f} ×, with {padding.optimizer_steps / multi.optimizer_steps:.1f} × fewer optimiser steps"
-    return f"Pack your mini-batches (minibatch_packing): {waste}, the same steps run {packed.speed_up:.2f} × as fast{also}."
+        fewer = f"{padding.optimizer_steps / multi.optimizer_steps:.1f} × fewer optimiser steps"
+        also = f"; multipack reaches {multi.speed_up:.2f} ×, with {fewer}"
+    same = f"the same steps run {packed.speed_up:.2f} × as fast"
+    return f"Pack your mini-batches (minibatch_packing): {waste}, {same}{also}."
 
 
 def _plus_minus(value: float, error: float | None) -> str:
-    return (
-        f"{value:.2f} ± ?"
-        if error is None
-        else f"{value:.2f} ± {value * error:.2f}"
-        if error
-        else f"{value:.2f}       "
-    )
+    if error is None:
+        return f"{value:.2f} ± ?"
+    if error == 0:
+        return f"{value:.2f}       "  # as wide as with an error, so that columns stand
+    return f"{value:.2f} ± {value * error:.2f}"

@@ -6,13 +6,13 @@ import contextlib
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from packlib.collators import IGNORE_INDEX
 from packlib.lab.spec import RunSpec
@@ -24,36 +24,37 @@ COUNTS = ("slots", "tokens", "loss_tokens", "examples")  # tokens: real ones
 class Counter:
     """A collator that counts what it hands over: one entry of COUNTS a micro-batch, on the host."""
 
-    def __init__(self, collator: Callable[[list], Mapping[str, Any]]) -> None:
+    def __init__(self, collator: Callable[[list], dict[str, Any]]) -> None:
         self.collator = collator
         self.batches: list[tuple[int, ...]] = []
 
-    def __call__(self, features: list) -> Mapping[str, Any]:
+    def __call__(self, features: list) -> dict[str, Any]:
         batch = self.collator(features)
-        ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
         if mask is not None:
             sequences = len(ids)
-        elif all(
-            f.get("seq_lengths") is not None for f in features
-        ):  # a contaminated row has one position 0 for all of its examples
+        elif all(f.get("seq_lengths") is not None for f in features):
+            # a contaminated row has one position 0 for all of its examples
             sequences = sum(len(np.atleast_1d(f["seq_lengths"])) for f in features)
         else:
+            positions: torch.Tensor = batch["position_ids"]
             sequences = int((positions == 0).sum())
         real = ids.numel() if mask is None else int(mask.sum())
-        self.batches.append((ids.numel(), real, int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()), sequences))
+        labels: torch.Tensor = batch["labels"][:, 1:]
+        self.batches.append((ids.numel(), real, int((labels != IGNORE_INDEX).sum()), sequences))
         return batch
 
     def per_step(self, accumulation: int, ends: list[float], per_epoch: int) -> np.ndarray:
-        """int64 [steps, len(COUNTS)]: the micro-batches of each optimiser step, in the order they were collated, over all ranks.
+        """COUNTS of each optimiser step over all ranks, int64 [steps, len(COUNTS)], in the order of collating.
 
-        per_epoch: micro-batches of an epoch on one rank; the last step of an epoch takes those that remain.
+        accumulation: micro-batches of a step. ends: one entry per step that was taken. per_epoch: micro-batches of an
+        epoch on one rank; the last step of an epoch takes those that remain.
         """
         counts, index = np.array(self.batches, dtype=np.int64), np.arange(len(self.batches))
         starts = np.flatnonzero(index % per_epoch % accumulation == 0)
         stops = np.append(starts[1:], len(counts))[: len(ends)]
-        stops[-1] = min(
-            stops[-1], starts[len(stops) - 1] + accumulation
-        )  # what was collated ahead was never trained on
+        # What was collated ahead was never trained on.
+        stops[-1] = min(stops[-1], starts[len(stops) - 1] + accumulation)
         steps = np.diff(np.vstack([np.zeros(len(COUNTS), dtype=np.int64), counts.cumsum(axis=0)[stops - 1]]), axis=0)
         if torch.distributed.is_initialized():
             total = torch.from_numpy(steps).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,14 +82,16 @@ class StepClock(TrainerCallback):
         event.record()
         return event
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
             _reset_peak_rss()
         self.begins.append(self._mark())
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.ends.append(self._mark())
         every = self.spec.eval_every
         if self.evaluate and every and state.global_step % every == 0:
@@ -99,13 +102,17 @@ class StepClock(TrainerCallback):
         self.begins.append(self._mark())
 
     def seconds(self) -> np.ndarray:
-        """float64 [steps]"""
+        """Time of each step, begin to end, float64 [steps]."""
         if self.device.type == "cpu":
             return np.subtract(self.ends, self.begins[: len(self.ends)])
         torch.cuda.synchronize()
         return np.array([b.elapsed_time(e) / 1e3 for b, e in zip(self.begins, self.ends)])
 
     def metrics(self, counts: np.ndarray, spec: RunSpec) -> dict[str, Any]:
+        """Rates (per second, all ranks), times (seconds) and sizes of the steps after warm-up, as a record holds them.
+
+        counts: of `Counter.per_step`.
+        """
         measured = slice(min(spec.warmup_steps, len(self.ends) - 1), None)
         seconds, counts = self.seconds()[measured], counts[measured]
         slots, real, predicted, sequences = counts.T
@@ -118,13 +125,23 @@ class StepClock(TrainerCallback):
             return spread(tokens / seconds, tokens.sum() / seconds.sum())
 
         return {
-            "tokens_per_s": rate(real), "slots_per_s": rate(slots), "loss_tokens_per_s": rate(predicted),
+            "tokens_per_s": rate(real),
+            "slots_per_s": rate(slots),
+            "loss_tokens_per_s": rate(predicted),
             "step_seconds": spread(seconds, seconds.mean()),
-            "measured_steps": len(seconds), "measured_fill": float(real.sum() / slots.sum()), "measured_waste": float(slots.sum() / real.sum()),
-            "tokens_per_step": float(real.mean()), "slots_per_step": float(slots.mean()), "examples_per_step": float(sequences.mean()),
-        } | _peak_memory(self.device)  # fmt: skip
+            "measured_steps": len(seconds),
+            "measured_fill": float(real.sum() / slots.sum()),
+            "measured_waste": float(slots.sum() / real.sum()),
+            "tokens_per_step": float(real.mean()),
+            "slots_per_step": float(slots.mean()),
+            "examples_per_step": float(sequences.mean()),
+        } | _peak_memory(self.device)
 
     def trace(self, counts: np.ndarray, history: list[dict[str, Any]]) -> dict[str, Any]:
+        """Step by step: seconds and COUNTS so far, loss (nats) and gradient norm, and what was evaluated on the way.
+
+        counts: of `Counter.per_step`. history: the trainer's log.
+        """
         logged = {entry["step"]: entry for entry in history if "loss" in entry}
         steps = range(1, len(self.ends) + 1)
         return {
@@ -140,8 +157,9 @@ class StepClock(TrainerCallback):
 def keep_freed_memory() -> None:
     """Let glibc keep freed tensors for the next ones, as the allocators that PyTorch's CPU guide recommends do.
 
-    By default it hands large ones back to the system, which then faults every page in anew: up to 40 % of a step with 3,000 slots, and hardly
-    anything of a small one, so that padding and packing would be compared on page faults. Nothing happens without glibc.
+    By default it hands large ones back to the system, which then faults every page in anew: up to 40 % of a step with
+    3,000 slots, and hardly anything of a small one, so that padding and packing would be compared on page faults.
+    Nothing happens without glibc.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -177,15 +195,14 @@ def _peak_memory(device: torch.device) -> dict[str, int | None]:
 
 def _reset_peak_rss() -> None:
     gc.collect()
-    with contextlib.suppress(
-        OSError
-    ):  # not Linux, or not allowed: the peak is then the process's own, model building included
-        Path("/proc/self/clear_refs").write_text("5")
+    # Not Linux, or not allowed: the peak is then the process's own, model building included.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _peak_rss() -> int | None:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
         return None

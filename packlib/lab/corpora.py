@@ -20,7 +20,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -87,11 +87,11 @@ class Corpus:
         """The examples at these sorted indices."""
         kept = np.repeat(np.isin(np.arange(len(self.lengths)), examples), self.lengths)
         metadata = {key: getattr(self, key) for key in METADATA}
-        flat = (self._flat(key)[kept] for key in ("input_ids", "labels"))
-        return Corpus.from_arrays(*flat, self.lengths[examples], **metadata)
+        ids, labels = (self._flat(key)[kept] for key in ("input_ids", "labels"))
+        return Corpus.from_arrays(ids, labels, self.lengths[examples], **metadata)
 
     def fit(self, max_tokens: int, overflow: Overflow) -> "Corpus":
-        """The corpus with no example above `max_tokens`, so that every strategy sees the same data; counts `lost_tokens`.
+        """No example above `max_tokens`, so that every strategy sees the same data; counts `lost_tokens`.
 
         overflow: `error` names the first overlong example, `truncate` keeps its first `max_tokens` tokens, `split`
         makes several examples of it and loses nothing. Raises `ValueError`.
@@ -101,16 +101,17 @@ class Corpus:
         lengths = stop.astype(np.int64) - start
         offsets, ends = np.cumsum(self.lengths) - self.lengths, np.cumsum(lengths)
         token = np.arange(ends[-1]) + np.repeat(offsets[example] + start - (ends - lengths), lengths)
-        flat = (self._flat(name)[token] for name in ("input_ids", "labels"))
+        ids, labels = (self._flat(name)[token] for name in ("input_ids", "labels"))
         metadata = {key: getattr(self, key) for key in METADATA}
-        fitted = Corpus.from_arrays(*flat, lengths, **metadata)
+        fitted = Corpus.from_arrays(ids, labels, lengths, **metadata)
         return dataclasses.replace(fitted, lost_tokens=int(self.lengths.sum() - lengths.sum()))
 
     def save(self, path: str | Path) -> None:
         """Write tokens, lengths and metadata (no text) as `.npz`, for hosts without network; fills in `{split}`."""
-        metadata = json.dumps({key: getattr(self, key) for key in (*METADATA, "sha256")})
-        flat = {key: self._flat(key) for key in ("input_ids", "labels")}
-        np.savez_compressed(str(path).replace("{split}", self.split), **flat, lengths=self.lengths, metadata=metadata)
+        metadata = np.array(json.dumps({key: getattr(self, key) for key in (*METADATA, "sha256")}))
+        ids, labels = (self._flat(key) for key in ("input_ids", "labels"))
+        path = str(path).replace("{split}", self.split)
+        np.savez_compressed(path, input_ids=ids, labels=labels, lengths=self.lengths, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "Corpus":
@@ -125,7 +126,7 @@ class Corpus:
 
 
 def located(name: str) -> str:
-    """The name or path of a corpus, tokenizer or model; files may lie in `$PACKLIB_DATA`, so that a spec names no path."""
+    """A corpus, tokenizer or model by name or path; those in `$PACKLIB_DATA` need no folder: specs stay short."""
     folder = os.environ.get(DATA)
     if not folder or name.startswith("hub:"):
         return name
@@ -159,9 +160,10 @@ def load_corpus(
     if limit is not None and limit < 1:
         raise ValueError(f"limit = {limit}; expected at least 1, or None for every example")
     name, tokenizer = located(name), located(tokenizer)
-    corpus = (
-        _load_saved(name, split) if name.endswith(".npz") else _tokenized(name, split, tokenizer, loss, limit, seed)
-    )
+    if name.endswith(".npz"):
+        corpus = _load_saved(name, split)
+    else:
+        corpus = _tokenized(name, split, tokenizer, loss, limit, seed)
     if limit is not None and len(corpus.lengths) > limit:
         corpus = corpus.subset(_seeded_subset(len(corpus.lengths), limit, seed))
     return corpus if max_tokens is None else corpus.fit(max_tokens, overflow)
@@ -271,7 +273,7 @@ def _text_file(name: str, split: str) -> Path:
     return path
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
@@ -335,7 +337,7 @@ def _pydocs() -> Iterator[dict[str, str]]:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) and node.body[1:]:
                 code = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
-                cut = node.body[0].end_lineno - node.lineno + 1
+                cut = (node.body[0].end_lineno or node.lineno) - node.lineno + 1
                 row = {"prompt": "\n".join(code[:cut]), "response": "\n".join(code[cut:]).strip("\n")}
                 if row["response"].strip():  # empty where docstring and body share a line
                     yield row

@@ -32,7 +32,7 @@ SETTING = ["corpus", "batch_size", "max_tokens", "gradient_accumulation", "world
 
 @dataclass(frozen=True)
 class Calibration:
-    """Costs of a micro-batch in seconds or bytes (uncalibrated: in FLOPs), their relative error, and runs behind them."""
+    """Costs of a micro-batch in seconds or bytes (uncalibrated: FLOPs), their relative error, the runs behind them."""
 
     cost: CostModel
     error: float | None = None
@@ -70,7 +70,7 @@ def calibrate(runs: Sequence[Record], model: str) -> tuple[Calibration, Calibrat
     names = [run["spec"]["strategy"] for run in runs]
     if len(set(names)) < 3:
         return Calibration(CostModel(flops, pair_flops, 0.0, head)), _memory_by_formula(config, 4)
-    time = _fit_time(runs)
+    time = _fit_time(runs, np.array([undisturbed_step(run) for run in runs]))
     time = replace(time, cost=replace(time.cost, head=head))
     other = runs[0]["spec"]["model"]
     with_memory = [run for run in runs if run["metrics"].get("peak_memory_bytes")]
@@ -86,8 +86,8 @@ def calibrate(runs: Sequence[Record], model: str) -> tuple[Calibration, Calibrat
     return time, _fit(features, [run["metrics"]["peak_memory_bytes"] for run in runs], names)
 
 
-def _fit_time(runs: Sequence[Record]) -> Calibration:
-    """Seconds; `per_slot` is the cost of a slot with a label, `per_pair` a fixed part of it."""
+def _fit_time(runs: Sequence[Record], seconds: np.ndarray) -> Calibration:
+    """`per_slot` is the cost of a slot with a label, `per_pair` a fixed part of it. seconds: each undisturbed step."""
     spec = runs[0]["spec"]
     config = models.model_config(spec["model"], layers=spec.get("layers"))
     pair = PAIR_SLOWDOWN * models.attention_flops_per_token(config, 1.0) / 2 / models.flops_per_token(config)
@@ -96,7 +96,7 @@ def _fit_time(runs: Sequence[Record]) -> Calibration:
     for run in runs:
         slots, labelled, pairs, batches = time_features(run)
         features.append((work(slots, labelled=labelled, pairs=pairs), batches))
-    seconds, names = np.array([undisturbed_step(run) for run in runs]), [run["spec"]["strategy"] for run in runs]
+    names = [run["spec"]["strategy"] for run in runs]
     # Corpora and their repeats have their turns: a factor each, so that the machine's drift is not taken for a cost.
     _, turn = np.unique([f"{r['spec'].get('repeat', 0)} {r['spec'].get('corpus')}" for r in runs], return_inverse=True)
     pace = np.ones(len(runs))
@@ -148,7 +148,9 @@ def largest_batch(run: Record) -> float:
     return steps.max() / run["spec"]["gradient_accumulation"] / run["spec"]["world_size"]
 
 
-def _fit(features: Sequence[tuple[float, float]], values: Sequence[float], groups: Sequence[str]) -> Calibration:
+def _fit(
+    features: Sequence[tuple[float, float]], values: Sequence[float] | np.ndarray, groups: Sequence[str]
+) -> Calibration:
     """Non-negative least squares on relative errors, so that a slow strategy does not outweigh a fast one.
 
     features: slots and micro-batches of each run.
@@ -178,25 +180,28 @@ def held_out(runs: Sequence[Record]) -> pd.DataFrame:
     (`repeat`), then takes the mean over turns; empty without padding or with fewer than three other strategies.
     """
     runs = comparable(runs)
+    seconds = np.array([undisturbed_step(run) for run in runs])
     names = list(dict.fromkeys(run["spec"]["strategy"] for run in runs))
-    rows = [row for name in names if name != "padding" and len(names) > 3 for row in _predicted_turns(runs, name)]
+    left_out = [name for name in names if name != "padding" and len(names) > 3]
+    rows = [row for name in left_out for row in _predicted_turns(runs, seconds, name)]
     table = pd.DataFrame(rows, columns=[*SETTING, "strategy", "measured", "predicted"])
     means = table.groupby([*SETTING, "strategy"], sort=False, as_index=False)[["measured", "predicted"]].mean()
     means["error"] = means["predicted"] / means["measured"] - 1
     return means[["corpus", "strategy", "measured", "predicted", "error"]]
 
 
-def _predicted_turns(runs: Sequence[Record], name: str) -> list[tuple]:
+def _predicted_turns(runs: Sequence[Record], seconds: np.ndarray, name: str) -> list[tuple]:
     """Of each turn that has padding and `name`: the setting, `name`, its speed-up measured and predicted without it."""
-    cost = _fit_time([run for run in runs if run["spec"]["strategy"] != name]).cost
+    others = np.array([run["spec"]["strategy"] != name for run in runs])
+    cost = _fit_time([runs[i] for i in np.flatnonzero(others)], seconds[others]).cost
     turns: dict[tuple, dict[str, list[tuple[float, float]]]] = {}
-    for run in runs:
+    for run, measured in zip(runs, seconds):
         slots, labelled, pairs, batches = time_features(run)
         predicted = cost(slots, labelled=labelled, pairs=pairs, batches=batches)
         turn = (*(run["spec"][key] for key in SETTING), run["spec"].get("repeat", 0))
         rates = turns.setdefault(turn, {}).setdefault(run["spec"]["strategy"], [])
         tokens = run["metrics"]["tokens_per_step"]
-        rates.append((tokens / undisturbed_step(run), tokens / predicted))
+        rates.append((tokens / measured, tokens / predicted))
     return [
         (*turn[:-1], name, *np.mean(rates[name], axis=0) / np.mean(rates["padding"], axis=0))
         for turn, rates in turns.items()

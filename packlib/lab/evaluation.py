@@ -1,6 +1,7 @@
 """Validation loss in one place: Σ loss / Σ tokens on unpacked examples, never a mean of batch means.
 
-Every example lies on a line of its own, so no two can see each other whatever the attention is; batches hold examples of like length.
+Every example lies on a line of its own, so no two can see each other whatever the attention is; batches hold examples
+of like length.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 def evaluate(model: PreTrainedModel, corpus: Corpus, *, max_slots: int = 8192) -> dict[str, float]:
     """Loss of `model` on the examples of `corpus`, each alone on its line.
 
-    Returns `eval_loss_per_token` (Σ loss / Σ loss tokens, nats), `eval_loss_per_example` (mean over examples of their mean loss, nats),
-    `eval_tokens` and `eval_examples` (those with at least one loss token). Batches of at most `max_slots` slots, or one example.
-    The model is put back into the mode it was in.
+    Returns `eval_loss_per_token` (Σ loss / Σ loss tokens, nats), `eval_loss_per_example` (mean over examples of their
+    mean loss, nats), `eval_tokens` and `eval_examples` (those with at least one loss token). Batches of at most
+    `max_slots` slots, or one example. The model is put back into the mode it was in.
     """
     training = model.training
     model.eval()
@@ -62,12 +63,14 @@ def _batches(lengths: np.ndarray, max_slots: int) -> list[np.ndarray]:
 
 @torch.no_grad()
 def exact_match(
-    model: PreTrainedModel, corpus: Corpus, tokenizer: Any, *, max_new_tokens: int = 256, batch_size: int = 64
+    model: Any, corpus: Corpus, tokenizer: Any, *, max_new_tokens: int = 256, batch_size: int = 64
 ) -> dict[str, float]:
-    """Share of examples whose generated answer ends in the same number as the reference (greedy decoding, prompts padded on the left).
+    """Share of examples whose generated answer ends in the same number as the reference.
 
-    `corpus` must be tokenized with `loss="response"`: the prompt is what has no loss. Returns `exact_match` in [0, 1] and `generated_examples`.
-    Decodes through sdpa, which has a cache; the varlen kernels are for training. Raises `ValueError` for an example without a prompt.
+    Greedy decoding of at most `max_new_tokens`, prompts padded on the left, `batch_size` at a time, through sdpa, which
+    has a cache; the varlen kernels are for training. `corpus` must be tokenized with `loss="response"`: the prompt is
+    what has no loss. Returns `exact_match` in [0, 1] and `generated_examples`. Raises `ValueError` for an example
+    without a prompt.
     """
     training, use_cache, attention = model.training, model.config.use_cache, model.config._attn_implementation
     model.eval()
@@ -76,9 +79,8 @@ def exact_match(
     for i, example in enumerate(corpus.dataset):
         cut = int(np.argmax(np.asarray(example["labels"]) != IGNORE_INDEX))
         if not cut:
-            raise ValueError(
-                f'example {i} of {corpus.name} has loss from its first token on; expected a corpus tokenized with loss="response"'
-            )
+            expected = 'expected a corpus tokenized with loss="response"'
+            raise ValueError(f"example {i} of {corpus.name} has loss from its first token on; {expected}")
         prompts.append(example["input_ids"][:cut])
         answers.append(tokenizer.decode(example["input_ids"][cut:], skip_special_tokens=True))
     right = 0
@@ -88,9 +90,14 @@ def exact_match(
         ids = torch.tensor([[corpus.pad_token_id] * (width - len(p)) + p for p in chunk], device=model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in chunk], device=model.device)
         out = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
-            eos_token_id=corpus.eos_token_id, pad_token_id=corpus.pad_token_id,
-        )  # fmt: skip
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=corpus.eos_token_id,
+            pad_token_id=corpus.pad_token_id,
+        )
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         right += sum(
             final_number(t) is not None and final_number(t) == final_number(a) for t, a in zip(texts, answers[first:])

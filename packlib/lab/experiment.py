@@ -40,7 +40,7 @@ class OutOfTime(RuntimeError):
 
 
 def find(spec: RunSpec, folder: Path) -> dict[str, Any] | None:
-    """The record of a spec on the data as they are now (on whatever data, where they are not here); None without one."""
+    """The record of a spec on the data as they are now, on whatever data where they are not here; None without one."""
     return records.find_record(folder, spec.spec_id, content_sha256(spec.corpus, spec.tokenizer))
 
 
@@ -83,7 +83,10 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
 
 
 def frame(specs: Iterable[RunSpec], folder: Path) -> pd.DataFrame:
-    """The records of these specs, as `records.load_records` gives them, in the order of the specs; others are absent."""
+    """The records of these specs as `records.load_records` gives them, in the order of the specs.
+
+    A spec without a record has no row. Raises `ValueError` for a folder without records.
+    """
     loaded = records.load_records(folder)
     if not len(loaded):
         raise ValueError(f"{folder.name} has no records; run the arms first")
@@ -144,6 +147,8 @@ def _fork(spec: RunSpec, run_id: str, folder: Path, progress: Progress) -> int:
 def _child(spec: RunSpec, run_id: str, folder: Path, sender: Any) -> None:
     from packlib.lab import worker  # TRL is imported in the server of the processes, and not in a notebook
 
+    if parent := multiprocessing.parent_process():
+        worker.end_when(parent.join)
     worker.execute(spec, run_id, folder, sender.send)
 
 
@@ -152,7 +157,13 @@ def _launch(spec: RunSpec, run_id: str, folder: Path, progress: Progress) -> int
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.world_size}"]
     spec_file = records.write_json(folder / "specs" / f"{run_id}.json", asdict(spec), overwrite=True)
     command = [sys.executable, *ranks, "-m", "packlib.lab.worker", str(spec_file), str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # the ranks watch it: it ends with this process, however that ends
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
         assert process.stdout is not None
         try:
             for line in process.stdout:

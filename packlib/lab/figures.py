@@ -1,226 +1,170 @@
-"""Every figure of the notebooks, drawn from records or plain arrays; none needs a GPU.
+"""What every figure is drawn with: one theme, one palette, one look per strategy, and the shapes that several share.
 
-One palette and one marker per strategy everywhere (colour-blind safe, plus hatch), units on the axes, the finding in the title, alt text in
-`figure.alt`. `show` displays a figure with its alt text and keeps a PNG in the run's folder.
+A figure that only one notebook shows is drawn by its study. All of them come from records or plain arrays, without a
+GPU; they have units on the axes, the finding in the title, text of at least 10 pt and alt text. Colours are told apart
+by the colour-blind, and hatches and markers repeat them. Figures are made without pyplot, so nothing stays open.
 """
 
 from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
-from itertools import pairwise
-from pathlib import Path
+from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import PIL.Image
 import seaborn as sns
-from IPython.display import Image, display
-from matplotlib.colors import PowerNorm
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from packlib.lab.strategies import STRATEGIES
-from packlib.lab.tables import arm_label
 
 DPI = 110
-_COLORS = sns.color_palette("colorblind", 10)
-_STYLE = {  # strategy: colour, hatch, marker
-    "padding": (7, "", "o"), "group_by_length": (9, "..", "s"), "minibatch_packing": (0, "//", "D"), "fixed_length_packing": (3, "xx", "X"),
-    "fixed_length_packing_posid": (1, "\\\\", "P"), "multipack_posid": (2, "++", "^"), "random_packing_posid": (4, "oo", "v"),
-    "sorted_packing_posid": (5, "--", "<"), "token_budget": (6, "**", ">"), "dynapipe": (8, "OO", "h"), "trl_padding": (7, "o", "1"),
-    "trl_padding_free": (0, "o", "2"), "trl_packing_bfd": (2, "o", "3"),
-}  # fmt: skip
-LIMIT = {"color": "black", "linewidth": 1.6, "linestyle": (0, (4, 2))}
+COLORS: list[tuple[float, float, float]] = list(sns.color_palette("colorblind", 10))  # what a `Look` counts in
+MARKERS = "oDs^vP"  # of lines that are no strategies
+LIMIT: dict[str, Any] = {"color": "black", "linewidth": 1.6, "linestyle": (0, (4, 2))}  # what cannot be passed
+# One colour an example, mostly Okabe and Ito's; vermilion is kept for attention to another example.
+EXAMPLES = np.array(
+    [to_rgb(f"#{code}") for code in ("56b4e9", "e69f00", "009e73", "cc79a7", "f0e442", "9a9ae0", "b3936b", "999999")]
+)
+PAD = (0.9, 0.9, 0.9)
+ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}  # box of a text that lies on a line
+THEME = {
+    "figure.dpi": DPI,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 13,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 11,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "legend.fontsize": 10,
+    "figure.constrained_layout.use": True,
+    "hatch.linewidth": 0.6,
+}
 
 
-def style(strategy: str) -> tuple[tuple[float, float, float], str, str]:
-    """(colour, hatch, marker) of a strategy, the same in every figure."""
-    color, hatch, marker = _STYLE[strategy]
-    return _COLORS[color], hatch, marker
+class Picture(Figure):
+    """A figure with `alt`: what it shows, in a sentence or two, for those who do not see it."""
+
+    alt: str = ""
+
+
+class Style(NamedTuple):
+    """How a strategy is drawn, the same in every figure."""
+
+    color: tuple[float, float, float]
+    hatch: str
+    marker: str
+
+
+def style(strategy: str) -> Style:
+    """The strategy's look, its colour as red, green and blue in [0, 1]."""
+    look = STRATEGIES[strategy].look
+    return Style(COLORS[look.color], look.hatch, look.marker)
 
 
 def label(strategy: str) -> str:
+    """What readers call a strategy."""
     return STRATEGIES[strategy].label
 
 
 def theme() -> None:
     """Call once a notebook."""
-    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc={
-        "figure.dpi": DPI, "axes.titlelocation": "left", "axes.titlesize": 13, "axes.titleweight": "bold", "axes.labelsize": 11,
-        "xtick.labelsize": 10, "ytick.labelsize": 10, "legend.fontsize": 10, "figure.constrained_layout.use": True, "hatch.linewidth": 0.6,
-    })  # fmt: skip
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=THEME)
 
 
-def show(figure: Figure, name: str | None = None, folder: Path | None = None) -> None:
-    """Display a figure with its alt text; with `name` and `folder`, keep it as `<folder>/figures/<name>.png` too."""
-    full, buffer = io.BytesIO(), io.BytesIO()
-    figure.savefig(full, format="png", dpi=DPI)
-    plt.close(figure)
-    PIL.Image.open(full).convert("RGB").quantize(256).save(
-        buffer, format="png", optimize=True
-    )  # a third of the size: notebooks stay small
-    if name and folder:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        (folder / "figures" / f"{name}.png").write_bytes(buffer.getvalue())
-    display(Image(buffer.getvalue(), alt=figure.alt))
-
-
-def new(width: float, height: float, alt: str, columns: int = 1, **kwargs) -> tuple[Figure, np.ndarray]:
-    """A figure of one row of axes, with its alt text. Returns (figure, axes [columns])."""
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), squeeze=False, **kwargs)
+def new(
+    width: float,
+    height: float,
+    alt: str,
+    columns: int = 1,
+    rows: int = 1,
+    *,
+    sharey: bool = False,
+    width_ratios: tuple[float, ...] | None = None,
+    height_ratios: tuple[float, ...] | None = None,
+) -> tuple[Picture, list[Axes]]:
+    """A figure of `width` × `height` inches with its alt text, and its axes, row by row."""
+    figure = Picture(figsize=(width, height))
+    FigureCanvasAgg(figure)
     figure.alt = alt
-    return figure, axes[0]
+    axes = figure.subplots(
+        rows, columns, sharey=sharey, squeeze=False, width_ratios=width_ratios, height_ratios=height_ratios
+    )
+    return figure, list(axes.flat)
 
 
-def head(figure: Figure, title: str) -> Figure:
-    """Put the title over the whole figure, from its left edge, wrapped to its width: long ones have room there; returns the figure."""
-    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, int(figure.get_figwidth() * 9))]
+def head(figure: Picture, title: str) -> Picture:
+    """Put the title over the whole figure, from its left edge, wrapped to its width: long ones have room there."""
+    width = int(figure.get_figwidth() * 9)
+    lines = [line for part in title.split("\n") for line in textwrap.wrap(part, width)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontweight="bold", fontsize=13)
     return figure
 
 
-def attention_pictures(lengths: Sequence[int], weights: Sequence[np.ndarray], titles: Sequence[str]) -> Figure:
-    """Who attends to whom: one square of attention weights ([T, T], rows = queries) per title, segment borders drawn. White: no attention at all."""
-    figure, axes = new(
-        4.9 * len(titles) + 0.8,
-        5.0,
-        f"Attention weights, {' beside '.join(titles)}; examples of {list(lengths)} tokens",
-        len(titles),
-    )
-    edges = np.cumsum([0, *lengths])
-    centres, letters = (edges[:-1] + edges[1:] - 1) / 2, [chr(65 + i) for i in range(len(lengths))]
-    for ax, weight, title in zip(axes, weights, titles):
-        image = ax.imshow(np.where(weight > 0, weight, np.nan), cmap="viridis_r", norm=PowerNorm(0.5, 0, 1))
-        for edge in edges[1:-1]:
-            ax.axhline(edge - 0.5, color="black", linewidth=1)
-            ax.axvline(edge - 0.5, color="black", linewidth=1)
-        ax.set_title(title, fontsize=12)
-        ax.set(
-            xlabel="key: token of example …", xticks=centres, xticklabels=letters, yticks=centres, yticklabels=letters
-        )
-        ax.grid(False)
-    axes[0].set_ylabel("query: token of example …")
-    figure.colorbar(image, ax=list(axes), shrink=0.8, label="attention weight (square-root scale)")
-    return figure
+def png(figure: Picture, description: str | None = None) -> bytes:
+    """The figure as a PNG file that carries its alt text (or `description`) as `Description`.
+
+    256 colours, a third of the size of all: notebooks stay small.
+    """
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=DPI)
+    info = PngInfo()
+    info.add_itxt("Description", figure.alt if description is None else description)
+    Image.open(full).convert("RGB").quantize(256).save(small, format="png", optimize=True, pnginfo=info)
+    return small.getvalue()
 
 
-def logit_changes(changes: dict[str, np.ndarray], lengths: Sequence[int], edited: int) -> Figure:
-    """Largest logit change at every token of a packed row after editing one example: one line per boundary rule ({title: float [T]})."""
-    edges = np.cumsum([0, *lengths])
-    others = np.repeat(np.arange(len(lengths)), lengths) != edited
-    moved = ", ".join(f"{values[others].max():.2g} {name}" for name, values in changes.items())
-    title = f"Editing {chr(65 + edited)} moves the others' logits by up to {moved}"
-    figure, (ax,) = new(10, 3.9, f"{title}; change at every position of the row")
-    ax.axvspan(edges[edited] - 0.5, edges[edited + 1] - 0.5, color="0.9")
-    for i, (name, values) in enumerate(changes.items()):
-        ax.plot(
-            np.arange(len(values)),
-            values,
-            marker="oX^"[i % 3],
-            markersize=6,
-            color=_COLORS[[3, 2, 0][i % 3]],
-            label=name,
-        )
-    for i, (start, stop) in enumerate(pairwise(edges)):
-        ax.axvline(stop - 0.5, color="black", linewidth=1)
-        name = f"{chr(65 + i)}{', edited' if i == edited else ''}"
-        ax.text((start + stop - 1) / 2, 1.01, name, transform=ax.get_xaxis_transform(), ha="center", fontsize=11)
-    top = max(max(values.max() for values in changes.values()), 1e-6)
-    ax.set_yscale("symlog", linthresh=1e-7)
-    ax.set(
-        xlabel="position in the packed row (tokens)",
-        ylabel="largest logit change",
-        xlim=(-0.5, edges[-1] - 0.5),
-        ylim=(-3e-8, 4 * top),
-    )
-    ax.set_title(title, pad=22)
-    ax.legend(loc="center right")
-    return figure
+def log2_axis(ax: Axes) -> None:
+    """A horizontal axis of powers of two, written as plain numbers."""
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
 
 
-def speed_up_bars(table: pd.DataFrame, title: str) -> Figure:
+def bar(ax: Axes, y: float, value: float, strategy: str, low: float = np.nan, high: float = np.nan) -> None:
+    """A horizontal bar in the look of a strategy, from 0 to `value`, with an error bar where `low` and `high` are."""
+    look = style(strategy)
+    error = [[value - low], [high - value]] if np.isfinite(low) else None
+    ax.barh(y, value, 0.66, color=look.color, hatch=look.hatch, edgecolor="white", xerr=error, ecolor="0.25", capsize=3)
+
+
+def bars_with_limits(table: pd.DataFrame, title: str) -> Picture:
     """Speed-up over padding per strategy, one panel per corpus, the limit drawn on every bar.
 
-    table columns: `corpus, strategy, speed_up, speed_up_low, speed_up_high, limit` (ratios of real tokens/s; limit may be NaN).
+    table: `corpus, strategy, speed_up, speed_up_low, speed_up_high, limit`: ratios of real tokens/s; limit may be NaN.
     """
-    groups = list(dict.fromkeys(table["corpus"]))
-    figure, axes = new(
-        5.6 * len(groups) + 1.6, 0.5 * table["strategy"].nunique() + 1.9, title, len(groups), sharey=True
-    )
-    names = list(dict.fromkeys(table["strategy"]))
+    groups, names = list(dict.fromkeys(table["corpus"])), list(dict.fromkeys(table["strategy"]))
+    figure, axes = new(5.6 * len(groups) + 1.6, 0.5 * len(names) + 1.9, title, len(groups), sharey=True)
     for ax, group in zip(axes, groups):
         rows = table[table["corpus"] == group].set_index("strategy").reindex(names)
         for y, (strategy, row) in enumerate(rows.iterrows()):
-            color, hatch, _ = style(strategy)
             if np.isfinite(row["speed_up"]):
-                error = [[row["speed_up"] - row["speed_up_low"]], [row["speed_up_high"] - row["speed_up"]]]
-                ax.barh(
-                    y,
-                    row["speed_up"],
-                    color=color,
-                    hatch=hatch,
-                    edgecolor="white",
-                    height=0.66,
-                    xerr=error,
-                    ecolor="0.25",
-                    capsize=3,
-                )
+                bar(ax, y, row["speed_up"], strategy, row["speed_up_low"], row["speed_up_high"])
+                end = row["speed_up_high"] * 1.02 + 0.02
+                # On white, where the limit is drawn below it.
+                ax.text(end, y, f"{row['speed_up']:.2f}×", va="center", fontsize=10, bbox=ON_WHITE, zorder=4)
             if np.isfinite(row["limit"]):
                 ax.plot([row["limit"]] * 2, [y - 0.42, y + 0.42], **LIMIT)
-            if np.isfinite(row["speed_up"]):  # on white where the limit is drawn below it
-                box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}
-                ax.text(
-                    row["speed_up_high"] * 1.02 + 0.02,
-                    y,
-                    f"{row['speed_up']:.2f}×",
-                    va="center",
-                    fontsize=10,
-                    bbox=box,
-                    zorder=4,
-                )
         ax.axvline(1, color="0.4", linewidth=1)
-        ax.set(
-            title=str(group),
-            xlabel="real tokens/s, relative to padding",
-            yticks=range(len(names)),
-            yticklabels=[label(n) for n in names],
-        )
+        ax.set(title=str(group), xlabel="real tokens/s, relative to padding")
+        ax.set_yticks(range(len(names)), [label(name) for name in names])
         ax.set_xlim(0, max(np.nanmax(rows[["speed_up_high", "limit"]].to_numpy()) * 1.18, 1.2))
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
-    (line,) = axes[-1].plot(
-        [], [], **LIMIT, label="limit of dropping the pads: padding's slots per real token over the strategy's own"
-    )
+    meaning = "limit of dropping the pads: padding's slots per real token over the strategy's own"
+    (line,) = axes[-1].plot([], [], **LIMIT, label=meaning)
     figure.legend(handles=[line], loc="outside lower center")
     return head(figure, title)
 
 
-def memory_bars(table: pd.DataFrame, title: str) -> Figure:
-    """Peak memory per strategy (GB), one panel per corpus. table columns: `corpus, strategy, kernel, peak_memory_bytes`."""
-    groups = list(dict.fromkeys(table["corpus"]))
-    names = list(dict.fromkeys(zip(table["strategy"], table["kernel"])))
-    figure, axes = new(5.6 * len(groups) + 1.6, 0.5 * len(names) + 1.6, title, len(groups), sharey=True)
-    for ax, group in zip(axes, groups):
-        rows = table[table["corpus"] == group].set_index(["strategy", "kernel"])["peak_memory_bytes"] / 1e9
-        for y, (strategy, kernel) in enumerate(names):
-            if (strategy, kernel) in rows.index:
-                color, hatch, _ = style(strategy)
-                ax.barh(y, rows[strategy, kernel], color=color, hatch=hatch, edgecolor="white", height=0.66)
-                ax.text(rows[strategy, kernel], y, f" {rows[strategy, kernel]:.2f}", va="center", fontsize=10)
-        ax.set(title=str(group), xlabel="peak memory (GB)", yticks=range(len(names)))
-        ax.set_yticklabels([arm_label(*name) for name in names])
-        ax.set_xlim(0, rows.max() * 1.15)
-        ax.grid(axis="y", visible=False)
-    axes[0].invert_yaxis()
-    return head(figure, title)
-
-
-def forest(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
+def forest(table: pd.DataFrame, title: str, xlabel: str) -> Picture:
     """Differences of a loss with their 95 % intervals, one row each, zero marked.
 
-    table columns: `label, strategy, difference, low, high, n` in nats (low and high may be NaN for a single seed).
+    table: `label, strategy, difference, low, high, n` in nats (low and high may be NaN, for a single seed).
     """
     figure, (ax,) = new(9.5, 0.42 * len(table) + 1.7, title)
     for y, row in enumerate(table.itertuples()):
@@ -228,38 +172,31 @@ def forest(table: pd.DataFrame, title: str, xlabel: str) -> Figure:
         error = [[row.difference - row.low], [row.high - row.difference]] if np.isfinite(row.low) else None
         ax.errorbar(row.difference, y, xerr=error, color=color, marker=marker, markersize=8, capsize=4, linewidth=1.8)
     ax.axvline(0, color="black", linewidth=1)
-    labels = [f"{r.label} (n={r.n})" for r in table.itertuples()]
-    ax.set(
-        xlabel=f"{xlabel}\n(nats; right of 0 is worse)",
-        yticks=range(len(table)),
-        yticklabels=labels,
-        ylim=(len(table) - 0.4, -0.6),
-    )
+    ax.set_yticks(range(len(table)), [f"{row.label} (n={row.n})" for row in table.itertuples()])
+    ax.set(xlabel=f"{xlabel}\n(nats; right of 0 is worse)", ylim=(len(table) - 0.4, -0.6))
     return head(figure, title)
 
 
-def beside_paper(table: pd.DataFrame, value: str, title: str, xlabel: str) -> Figure:
-    """Ours beside the paper's: table columns `label, strategy, source ("paper" | "ours"), <value>`; an empty cell is left empty."""
+def beside_paper(table: pd.DataFrame, value: str, title: str, xlabel: str) -> Picture:
+    """Ours beside the paper's, a pair of bars a label; where a side does not know the value, that is written out.
+
+    table: `label, strategy, source ("paper" | "ours")` and the column `value`.
+    """
     names = list(dict.fromkeys(table["label"]))
     figure, (ax,) = new(10, 0.62 * len(names) + 1.8, title)
-    for shift, (source, hatch, shade) in zip((-0.2, 0.2), (("paper", "", "0.72"), ("ours", "//", None))):
+    for shift, source in ((-0.2, "paper"), (0.2, "ours")):
         rows = table[table["source"] == source].drop_duplicates("label").set_index("label").reindex(names)
         for y, (_, row) in enumerate(rows.iterrows()):
-            if pd.notna(row[value]):
-                ax.barh(
-                    y + shift,
-                    row[value],
-                    height=0.36,
-                    color=shade or style(row["strategy"])[0],
-                    hatch=hatch,
-                    edgecolor="white",
-                )
-                ax.text(row[value], y + shift, f" {row[value]:.3g}", va="center", fontsize=10)
-            else:
+            if pd.isna(row[value]):
                 ax.text(0, y + shift, f" {source}: not known", va="center", fontsize=10, color="0.45")
+                continue
+            look = {"color": "0.72"} if source == "paper" else {"color": style(row["strategy"]).color, "hatch": "//"}
+            ax.barh(y + shift, row[value], height=0.36, edgecolor="white", **look)
+            ax.text(row[value], y + shift, f" {row[value]:.3g}", va="center", fontsize=10)
     ax.barh([0], [0], color="0.72", label="paper")
-    ax.barh([0], [0], color=_COLORS[0], hatch="//", edgecolor="white", label="measured here")
-    ax.set(xlabel=xlabel, yticks=range(len(names)), yticklabels=names)
+    ax.barh([0], [0], color=COLORS[0], hatch="//", edgecolor="white", label="measured here")
+    ax.set_xlabel(xlabel)
+    ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.grid(axis="y", visible=False)
@@ -267,17 +204,8 @@ def beside_paper(table: pd.DataFrame, value: str, title: str, xlabel: str) -> Fi
     return head(figure, title)
 
 
-def curves(
-    table: pd.DataFrame,
-    x: str,
-    y: str,
-    title: str,
-    xlabel: str,
-    ylabel: str,
-    limit: str | None = None,
-    logx: bool = True,
-) -> Figure:
-    """One line per strategy of `y` against `x`, with the column `limit` as a dashed line where given."""
+def curves(table: pd.DataFrame, x: str, y: str, title: str, xlabel: str, ylabel: str, limit: str = "") -> Picture:
+    """One line per strategy of column `y` against column `x` (powers of two), and of `limit`, dashed, where given."""
     figure, (ax,) = new(8.5, 4.6, title)
     for strategy, rows in table.groupby("strategy", sort=False):
         color, _, marker = style(strategy)
@@ -285,9 +213,7 @@ def curves(
         ax.plot(rows[x], rows[y], color=color, marker=marker, markersize=7, label=label(strategy))
         if limit:
             ax.plot(rows[x], rows[limit], **LIMIT | {"color": color}, label=f"limit of {label(strategy)}")
-    if logx:
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:g}")
+    log2_axis(ax)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.legend()
     return figure

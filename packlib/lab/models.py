@@ -45,60 +45,152 @@ def _architecture(
 MODELS = {
     # 2.0 M parameters in the layers: about 8000 tokens/s of float32 training on two cores, with 4096 entries.
     "tiny-llama": _architecture(
-        "packlib", "llama", vocab_size=4096, hidden_size=192, intermediate_size=704, num_hidden_layers=4,
-        num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=32768, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, any_vocabulary=True,
+        "packlib",
+        "llama",
+        vocab_size=4096,
+        hidden_size=192,
+        intermediate_size=704,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        any_vocabulary=True,
     ),
     # config.json of the source; Jiang et al., arXiv 2310.06825, table 1.
     "mistral-7b": _architecture(
-        "mistralai/Mistral-7B-v0.1", "mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336,
-        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768,
-        sliding_window=4096, rms_norm_eps=1e-5, rope_theta=10000.0,
+        "mistralai/Mistral-7B-v0.1",
+        "mistral",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        sliding_window=4096,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
     ),
     # config.json of the source; Touvron et al., arXiv 2307.09288, section 2.
     "llama-2-7b": _architecture(
-        "meta-llama/Llama-2-7b-hf", "llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
-        num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096,
+        "meta-llama/Llama-2-7b-hf",
+        "llama",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
         rms_norm_eps=1e-5,
     ),
     # config.json of the source; Mishra et al., arXiv 2405.04324, table 2.
     "granite-8b-code": _architecture(
-        "ibm-granite/granite-8b-code-base-4k", "llama", vocab_size=49152, hidden_size=4096, intermediate_size=14336,
-        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=4096,
-        rms_norm_eps=1e-5, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        "ibm-granite/granite-8b-code-base-4k",
+        "llama",
+        vocab_size=49152,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
     ),
     # config.json of the source; Almazrouei et al., arXiv 2311.16867. 71 query heads share one key and value head.
     "falcon-7b": _architecture(
-        "tiiuae/falcon-7b", "falcon", vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71,
-        multi_query=True, parallel_attn=True, new_decoder_architecture=False, alibi=False, bias=False,
-        max_position_embeddings=2048, layer_norm_epsilon=1e-5, attention_route="flash",
+        "tiiuae/falcon-7b",
+        "falcon",
+        vocab_size=65024,
+        hidden_size=4544,
+        num_hidden_layers=32,
+        num_attention_heads=71,
+        multi_query=True,
+        parallel_attn=True,
+        new_decoder_architecture=False,
+        alibi=False,
+        bias=False,
+        max_position_embeddings=2048,
+        layer_norm_epsilon=1e-5,
+        attention_route="flash",
     ),
     # config.json of the source. Rotary position in 32 of the 80 dimensions of a head; dropout 0.1 on the residuals.
     "phi-2": _architecture(
-        "microsoft/phi-2", "phi", vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
-        num_attention_heads=32, max_position_embeddings=2048, partial_rotary_factor=0.4, resid_pdrop=0.1,
-        bos_token_id=50256, eos_token_id=50256,
+        "microsoft/phi-2",
+        "phi",
+        vocab_size=51200,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=2048,
+        partial_rotary_factor=0.4,
+        resid_pdrop=0.1,
+        bos_token_id=50256,
+        eos_token_id=50256,
     ),
     # config.json of the source; Gemma Team, arXiv 2403.08295, table 1.
     "gemma-7b": _architecture(
-        "google/gemma-7b", "gemma", vocab_size=256000, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28,
-        num_attention_heads=16, num_key_value_heads=16, head_dim=256, max_position_embeddings=8192, rms_norm_eps=1e-6,
+        "google/gemma-7b",
+        "gemma",
+        vocab_size=256000,
+        hidden_size=3072,
+        intermediate_size=24576,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=256,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-6,
         tie_word_embeddings=True,
     ),
     # config.json of the source. Of 60 experts 4 are used for a token, with 1 shared expert (4 joined into one).
     "qwen1.5-moe-a2.7b": _architecture(
-        "Qwen/Qwen1.5-MoE-A2.7B", "qwen2_moe", vocab_size=151936, hidden_size=2048, intermediate_size=5632,
-        num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16, moe_intermediate_size=1408,
-        shared_expert_intermediate_size=5632, num_experts=60, num_experts_per_tok=4, norm_topk_prob=False,
-        max_position_embeddings=8192, rms_norm_eps=1e-6, rope_theta=1e6, bos_token_id=151643, eos_token_id=151643,
+        "Qwen/Qwen1.5-MoE-A2.7B",
+        "qwen2_moe",
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+        num_experts=60,
+        num_experts_per_tok=4,
+        norm_topk_prob=False,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        bos_token_id=151643,
+        eos_token_id=151643,
     ),
     # config.json of the source; Allal et al., arXiv 2502.02737.
     "smollm2-135m": _architecture(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "llama", vocab_size=49152, hidden_size=576, intermediate_size=1536,
-        num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
-        rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "llama",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_theta=1e5,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
     ),
-}  # fmt: skip
+}
 
 
 def architecture(name: str) -> Architecture | None:
@@ -125,12 +217,18 @@ def model_config(name: str, *, vocab_size: int | None = None, layers: int | None
 
 
 def build_model(
-    name: str, *, attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu", seed: int = 0, vocab_size: int | None = None, layers: int | None = None,
-) -> PreTrainedModel:  # fmt: skip
+    name: str,
+    *,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    vocab_size: int | None = None,
+    layers: int | None = None,
+) -> PreTrainedModel:
     """A causal language model on `device` in `dtype`, in training mode; the caller's random generator is left alone.
 
-    A name in MODELS gets random weights that depend on the seed (and kind of device) only, another name its own weights.
+    A name in MODELS gets random weights that depend on the seed (and kind of device) only, another name its own.
     Raises ValueError when the model's attention classes cannot take attn_implementation.
     """
     if name in MODELS and MODELS[name].attention_route == "flash" and attn_implementation not in FLASH_ROUTE:
@@ -139,18 +237,20 @@ def build_model(
             f"reach it, expected one of {', '.join(FLASH_ROUTE)}"
         )
     config, device = model_config(name, vocab_size=vocab_size, layers=layers), torch.device(device)
-    options = {"config": config, "dtype": dtype, "attn_implementation": attn_implementation}
     if name not in MODELS:
-        model = AutoModelForCausalLM.from_pretrained(**_location(name), **options)
-        if "gguf_file" in _location(
-            name
-        ):  # weights are in `dtype` by now, but stay marked as quantised, which Trainer and `to` refuse
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            **_location(name), config=config, dtype=dtype, attn_implementation=attn_implementation
+        )
+        if "gguf_file" in _location(name):
+            # Weights are in `dtype` by now, but stay marked as quantised, which Trainer and `to` refuse.
             model.is_quantized, model.hf_quantizer = False, None
             vars(model.config).pop("quantization_config", None)
         return model.to(device).train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(**options).train()
+        return AutoModelForCausalLM.from_config(
+            config=config, dtype=dtype, attn_implementation=attn_implementation
+        ).train()
 
 
 def _location(name: str) -> dict[str, str]:
@@ -209,8 +309,8 @@ def attention_flops_per_token(config: PreTrainedConfig, seq_len: float) -> float
 def flops_per_token(config: PreTrainedConfig, seq_len: float | None = None) -> float:
     """Operations of forward and backward per real token: 6 N, plus attention_flops_per_token when seq_len is given.
 
-    N: parameters a token is multiplied with, that is the active ones of the layers and the output head; looking a row of
-    the input embedding up costs nothing. 6 = 2 forward + 4 backward (Kaplan et al., arXiv 2001.08361); what gradient
+    N: parameters a token is multiplied with, that is the active ones of the layers and the output head; looking a row
+    of the input embedding up costs nothing. 6 = 2 forward + 4 backward (Kaplan et al., arXiv 2001.08361); what gradient
     checkpointing computes again is not counted.
 
     >>> round(flops_per_token(model_config("mistral-7b")) / 1e9, 2)

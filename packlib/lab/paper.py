@@ -1,4 +1,4 @@
-"""The paper's numbers as data, each with its table and row (arXiv 2407.09105 v6, and its companion blog post of 2024-08-21).
+"""The paper's numbers as data, each with its table and row: arXiv 2407.09105 v6, and its blog post of 2024-08-21.
 
 What the sources we have do not say is None and stays empty in every table and figure.
 """
@@ -9,9 +9,15 @@ import pandas as pd
 
 SOURCE = "arXiv 2407.09105"
 SETTING = {
-    "devices": "8 x A100-80GB, FSDP", "dtype": "bf16", "gradient_accumulation": 2, "max_tokens": 4096, "batch_size": 4, "epochs": 1,
-    "examples": 20_000, "seeds": 1,
-}  # fmt: skip
+    "devices": "8 x A100-80GB, FSDP",
+    "dtype": "bf16",
+    "gradient_accumulation": 2,
+    "max_tokens": 4096,
+    "batch_size": 4,
+    "epochs": 1,
+    "examples": 20_000,
+    "seeds": 1,
+}
 
 STRATEGY = {
     "padding": "padding",
@@ -40,21 +46,26 @@ _TABLE_2 = [  # model, batching, rows, tokens/s and peak memory (MB) per GPU, va
     ("phi-2", "FixedLengthPacking", None, None, None, 3.375),
     ("phi-2", "offline packing + PosID", None, None, None, 3.464),
 ]
-_TABLE_4 = [  # batching, gradient accumulation (batch 2, max_tokens 4096), optimiser steps, validation loss: Mistral-7B, FLAN_20k, one epoch
+# Mistral-7B on FLAN_20k, one epoch, batch 2, max_tokens 4096
+_TABLE_4 = [  # batching, gradient accumulation, optimiser steps, validation loss
     ("padding", 32, 311, 1.117),
     ("FixedLengthPacking", 32, 35, 1.294),
     ("FixedLengthPacking + PosID", 32, 35, 1.221),
     ("FixedLengthPacking", 4, 281, 1.252),
     ("FixedLengthPacking + PosID", 4, 281, 1.170),
 ]
-_BLOG = [  # data set, MiniBatchPacking + PosID over padding: throughput, peak memory (Llama-2-7B, Mistral-7B, Granite-8B-code)
+# MiniBatchPacking + PosID over padding, for Llama-2-7B, Mistral-7B and Granite-8B-code
+_BLOG = [  # data set, throughput (ratio), peak memory (change)
     ("FLAN", 2.0, -0.20),
     ("OrcaMath", 1.4, -0.06),
 ]
 
 
 def table_2() -> pd.DataFrame:
-    """Table 2: `model, batching, strategy, rows, tokens_per_s, peak_memory_bytes, eval_loss_per_token, source`; empty cells are NaN."""
+    """Table 2; empty cells are NaN.
+
+    Columns `model, batching, strategy, rows, tokens_per_s, peak_memory_bytes, eval_loss_per_token, source`.
+    """
     columns = ["model", "batching", "rows", "tokens_per_s", "peak_memory_mb", "eval_loss_per_token"]
     table = pd.DataFrame(_TABLE_2, columns=columns)
     table["peak_memory_bytes"] = table.pop("peak_memory_mb") * 1e6
@@ -76,7 +87,10 @@ def table_4() -> pd.DataFrame:
 
 
 def blog_ratios() -> pd.DataFrame:
-    """The blog post's two figures as ratios: `corpus, speed_up` (about), `memory_change` (share of padding's peak), `source`."""
+    """The blog post's figures as ratios.
+
+    Columns `corpus`, `speed_up` (about), `memory_change` (share of padding's peak), `source`.
+    """
     return pd.DataFrame(_BLOG, columns=["corpus", "speed_up", "memory_change"]).assign(source="blog post, 2024-08-21")
 
 

@@ -1,7 +1,8 @@
 """One JSON file per run, written atomically and never overwritten; a folder of them loads as a DataFrame.
 
-`papermill_runs/<run>/records/<run_id>.json` holds `run_id, status, error, spec, environment, plan, metrics, trace` (DESIGN: units are in
-the key or SI; a missing value is null, never 0). Figures and tables read records, so they can be redrawn on a machine without a GPU.
+`papermill_runs/<run>/records/<run_id>.json` holds `run_id, status, error, spec, environment, plan, metrics, trace`.
+Units are in the key or SI; a missing value is null, never 0. Figures and tables read records, so they can be redrawn on
+a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -22,13 +23,12 @@ import pandas as pd
 
 from packlib.atomic import atomic_write
 
-CONCURRENT = (
-    "PACKLIB_CONCURRENT_RUNS"  # how many runs share the device; above 1 their losses count and their times do not
-)
+# How many runs share the device; above 1 their losses count and their times do not.
+CONCURRENT = "PACKLIB_CONCURRENT_RUNS"
 
 
 def project_root() -> Path:
-    """The checkout that holds notebooks/ and papermill_runs/; the working directory where there is none (an installed package)."""
+    """The checkout that holds notebooks/ and papermill_runs/; the working folder without one (an installed package)."""
     here = Path.cwd()
     for folder in (here, *here.parents, *Path(__file__).resolve().parents):
         if (folder / "notebooks").is_dir() and (folder / "papermill_runs").is_dir():
@@ -42,7 +42,7 @@ def runs_folder() -> Path:
 
 
 def run_folder(run: str | Path, *, create: bool = True) -> Path:
-    """`papermill_runs/<run>` for a bare name; any other path as it is. Made with its `records/`, unless not `create`."""
+    """`papermill_runs/<run>` for a bare name; any other path as it is. create: make it, with its `records/`."""
     folder = Path(run)
     if len(folder.parts) == 1:
         folder = runs_folder() / folder
@@ -96,7 +96,7 @@ def read_record(folder: Path, identity: str) -> dict[str, Any] | None:
 
 
 def find_record(folder: Path, spec_id: str, content: str | None) -> dict[str, Any] | None:
-    """The record of a spec on data with this content; where the data are not here (None), the newest on whatever data."""
+    """The record of a spec on data with this content; of None (they are not here) the newest on whatever data."""
     if content is not None:
         return read_record(folder, run_id_on(spec_id, content))
     found = [json.loads(path.read_text()) for path in (folder / "records").glob(f"{spec_id}-*.json")]
@@ -104,7 +104,7 @@ def find_record(folder: Path, spec_id: str, content: str | None) -> dict[str, An
 
 
 def had_device_alone(record: Mapping[str, Any]) -> bool:
-    """Whether no other run shared the device, so that times mean something. Records that say nothing are of such runs."""
+    """Whether no other run shared the device, so that times mean something. Records that do not say had it alone."""
     return record["environment"].get("concurrent_runs", 1) == 1
 
 
@@ -121,14 +121,16 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def load_records(folder: Path | Iterable[Path]) -> pd.DataFrame:
-    """One row per run; traces are left out. Spec fields keep their names (`strategy`, `rig.recompute`), others are dotted.
+    """One row per run; traces are left out.
 
-    Examples are `plan.fill` and `metrics.tokens_per_s.mean`. A run that says nothing of others had the device alone.
+    Spec fields keep their names (`strategy`, `rig.recompute`), others are dotted (`plan.fill`). A run that says nothing
+    of others had the device alone.
     """
     folders = [folder] if isinstance(folder, Path) else list(folder)
     rows = []
     for record in (r for f in folders for r in read_records(f)):
-        rest = {key: record.get(key) for key in ("run_id", "status", "error", "environment", "plan", "metrics")}
+        names = ("run_id", "status", "error", "environment", "plan", "metrics")
+        rest: dict[str, Any] = {key: record.get(key) for key in names}
         rest["environment"] = {"concurrent_runs": 1} | rest["environment"]
         rows.append(_dotted(record["spec"]) | _dotted(rest))
     return pd.DataFrame(rows)
@@ -167,7 +169,7 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any]:
-    """SHA and dirtiness of the checkout; `PACKLIB_GIT_SHA` (with `-dirty`) where the code travels without its repository."""
+    """SHA and dirtiness of the checkout; of `$PACKLIB_GIT_SHA` (`…-dirty`) where code travels without a repository."""
     sha = os.environ.get("PACKLIB_GIT_SHA")
     if sha:
         return {"git_sha": sha.removesuffix("-dirty"), "dirty": sha.endswith("-dirty")}
@@ -193,7 +195,7 @@ def _driver() -> str | None:
 
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
@@ -201,4 +203,5 @@ def _processor() -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Any `model_type` of transformers, built small from its config: nothing is downloaded, a forward takes milliseconds."""
+"""Any `model_type` of transformers, built small from its config: no download, and a forward takes milliseconds."""
 
 import math
 from pathlib import Path
@@ -44,14 +44,19 @@ _PER_TYPE: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
         "minimax": dict(layer_types=["linear_attention", "full_attention"]),
         "olmo_hybrid": dict(layer_types=["linear_attention", "full_attention"]),
         "modernbert": dict(layer_types=_SLIDING_AND_FULL),
-        "qwen3_next": dict(layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4, linear_num_key_heads=2),
+        "qwen3_next": dict(
+            layer_types=["linear_attention", "full_attention"], linear_num_value_heads=4, linear_num_key_heads=2
+        ),
         "recurrent_gemma": dict(block_types=["recurrent", "attention"], lru_width=64, attention_window_size=8),
     }
-)  # fmt: skip
+)
 
 
 def small_config(model_type: str) -> PretrainedConfig:
-    """Config of about two layers of 64 channels, vocabulary 256, windows of 8 tokens, no dropout. ValueError for an unknown type."""
+    """Config of about two layers of 64 channels, vocabulary 256, windows of 8 tokens, no dropout.
+
+    Raises `ValueError` for an unknown type.
+    """
     if model_type not in CONFIG_MAPPING_NAMES:
         raise ValueError(f"model_type = {model_type!r}; transformers knows {', '.join(sorted(CONFIG_MAPPING_NAMES))}")
     default = AutoConfig.for_model(model_type)
@@ -69,10 +74,11 @@ def small_config(model_type: str) -> PretrainedConfig:
 def small_model(
     model_type: str, attn_implementation: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
-    """A causal language model (or encoder) of `model_type` from `small_config`, on the CPU, in eval mode; one seed, one set of weights.
+    """A causal language model (or encoder) of `model_type` from `small_config`, on the CPU, in eval mode.
 
-    Weights of linear layers and embeddings are drawn so that activations are of order one: with transformers' own initialisation a
-    model this small attends to everything alike, and a leak would be hard to see.
+    One seed, one set of weights. Those of linear layers and embeddings are drawn so that activations are of order one:
+    with transformers' own initialisation a model this small attends to everything alike, and a leak would be hard to
+    see.
     """
     config = small_config(model_type)
     if dtype == torch.float64:
@@ -98,7 +104,10 @@ def _encoder(config: PretrainedConfig) -> bool:
 
 
 def load_model(name: str, attn_implementation: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model by local path, `model_type` (built small) or Hub name, in eval mode. OSError where it is none of these."""
+    """A causal language model by local path, `model_type` (built small) or Hub name, in eval mode.
+
+    Raises `OSError` where it is none of these.
+    """
     if not Path(name).exists() and name in CONFIG_MAPPING_NAMES:
         return small_model(name, attn_implementation, dtype)
     try:

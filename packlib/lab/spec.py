@@ -122,18 +122,11 @@ class RunSpec:
 
     @property
     def spec_id(self) -> str:
-        """Twelve hex digits for what differs from the defaults: a new field with a default leaves every id as it was."""
-        return records.run_id(_differences(self, RunSpec()))
+        """Twelve hex digits of what differs from the defaults: a new field with a default leaves every id as it was."""
+        return records.run_id(_differences(self, type(self)()))
 
 
-OPTIONAL = {
-    "steps",
-    "limit",
-    "eval_every",
-    "atom_size",
-    "examples_per_step",
-    "layers",
-}  # integers of at least 1, or None
+OPTIONAL = {"steps", "limit", "eval_every", "atom_size", "examples_per_step", "layers"}  # at least 1, or None
 AT_LEAST_ONE = OPTIONAL | {"batch_size", "max_tokens", "gradient_accumulation", "world_size"}
 AT_LEAST_ZERO = {
     "warmup_steps",
@@ -171,7 +164,7 @@ def _check_numbers(spec: RunSpec) -> None:
 
 def _defaults(value: Any) -> dict[str, Any]:
     """Field -> its default, which has the type that a value must have (None: any)."""
-    return {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(value)}
+    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(value)}
 
 
 def _differences(value: Any, default: Any) -> dict[str, Any]:

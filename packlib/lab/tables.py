@@ -1,18 +1,50 @@
-"""Records -> the tables that notebooks, report and README show. Every number in prose comes from here."""
+"""Records -> the tables that notebooks, report and README show. Every number in prose comes from here.
+
+A table says of every arm what it measured and what that is relative to padding on the same model, rig and data.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
+from scipy import stats
 
+from packlib.lab.spec import Rig
 from packlib.lab.strategies import STRATEGIES
 
-_VALUES = ("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high", "slots_per_s", "peak_memory_bytes", "fill", "waste", "rows", "optimizer_steps",
-           "step_seconds", "utilization", "loss", "speed_up", "speed_up_low", "speed_up_high", "limit", "memory_ratio")  # fmt: skip
+MEASURED = (
+    "tokens_per_s",
+    "tokens_per_s_low",
+    "tokens_per_s_high",
+    "slots_per_s",
+    "peak_memory_bytes",
+    "fill",
+    "waste",
+    "rows",
+    "optimizer_steps",
+    "step_seconds",
+    "utilization",
+    "loss",
+)
+RELATIVE = ("speed_up", "speed_up_low", "speed_up_high", "limit", "memory_ratio")  # to padding
+VARIES = {"run_id", "status", "error", "model", "corpus", "strategy", "kernel", "seed", "repeat"}  # between arms
+FORMATS = {
+    "rows": "{:,.0f}",
+    "real tokens/s": "{:,.0f}",
+    "slots/s": "{:,.0f}",
+    "× padding": "{:.2f}",
+    "limit": "{:.2f}",
+    "fill": "{:.3f}",
+    "peak memory (GB)": "{:.2f}",
+    "validation loss": "{:.4f}",
+}
 
 
 def short(name: str) -> str:
@@ -22,144 +54,219 @@ def short(name: str) -> str:
 
 def arm_label(strategy: str, kernel: str) -> str:
     """How an arm is written: the strategy, and the attention where it is transformers' own."""
-    return STRATEGIES[strategy].label + (
-        f" ({kernel.removeprefix('transformers_')})" if kernel.startswith("transformers_") else ""
-    )
+    label = STRATEGIES[strategy].label
+    return f"{label} ({kernel.removeprefix('transformers_')})" if kernel.startswith("transformers_") else label
 
 
-def t95(n: int) -> float:
-    """Student's t for a 95 % interval of a mean over n values (NaN below two)."""
-    return float(stdtrit(n - 1, 0.975)) if n > 1 else math.nan
+def rig_label(rig: Mapping[str, Any]) -> str:
+    """What of a rig's fields differs from the default `Rig`, as text; a field that is missing (NaN) is as by default.
+
+    >>> rig_label({"recompute": "all", "liger": True}), rig_label({"recompute": "none"})
+    ('recompute=all+liger', '')
+    """
+    parts = []
+    for name, usual in asdict(Rig()).items():
+        value = rig.get(name)
+        if pd.notna(value) and value != usual:
+            parts.append(name if isinstance(usual, bool) else f"{name}={value}")
+    return "+".join(parts)
+
+
+def rigs(frame: pd.DataFrame) -> pd.Series:
+    """`rig_label` of every run of a frame, as `records.load_records` gives it."""
+    names = [field.name for field in fields(Rig)]
+    columns = frame.reindex(columns=[f"rig.{name}" for name in names]).set_axis(names, axis=1)
+    return pd.Series([rig_label(row) for row in columns.to_dict("records")], index=frame.index, dtype=object)
+
+
+def named_models(models: Iterable[str], rigs: Iterable[str]) -> list[str]:
+    """Models with what their rig has beyond what all rigs of that model here share.
+
+    >>> named_models(["a", "a", "b"], ["recompute=all", "recompute=all+liger", "recompute=all"])
+    ['a', 'a+liger', 'b']
+    """
+    runs = [(model, [part for part in rig.split("+") if part]) for model, rig in zip(models, rigs)]
+    shared: dict[str, set[str]] = {}
+    for model, parts in runs:
+        shared[model] = shared.get(model, set(parts)) & set(parts)
+    return ["+".join([model, *(part for part in parts if part not in shared[model])]) for model, parts in runs]
+
+
+def alone(frame: pd.DataFrame) -> pd.DataFrame:
+    """The runs whose times mean something: they had the device to themselves, as `records.had_device_alone` has it."""
+    return frame[frame["environment.concurrent_runs"] == 1]
 
 
 def one_setting(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of each model and corpus the runs of the one setting that most arms share, all repeats and seeds of it.
+    """Of each model, rig and corpus the runs of the one setting that most arms share, all repeats and seeds of it.
 
-    A run folder also holds other batch sizes, learning rates and lengths of training: each is a comparison of its own. How many steps a run
-    that is not evaluated was timed over is no such difference.
+    A run folder also holds other batch sizes, learning rates and lengths of training: each is a comparison of its own.
+    How many steps a run that is not evaluated was timed over is no such difference.
     """
-    compared = (
-        frame.assign(steps=frame["steps"].where(frame["eval_examples"] > 0))
-        if {"steps", "eval_examples"} <= set(frame)
-        else frame
-    )
-    free = {"run_id", "status", "error", "model", "corpus", "strategy", "kernel", "seed", "repeat"}
-    fixed, kept = [name for name in frame if "." not in name and name not in free], []
-    for _, group in compared.groupby(["model", "corpus"], sort=False):
+    compared = frame.assign(**{"compared.rig": rigs(frame)})
+    if {"steps", "eval_examples"} <= set(frame):
+        compared["steps"] = frame["steps"].where(frame["eval_examples"] > 0)
+    fixed = [name for name in frame if "." not in name and name not in VARIES]
+    kept: list[Any] = []
+    for _, group in compared.groupby(["model", "compared.rig", "corpus"], sort=False):
         settings = [arms for _, arms in group.groupby(fixed, sort=False, dropna=False)]
-        kept += list(max(settings, key=lambda arms: len(arms[["strategy", "kernel"]].drop_duplicates())).index)
+        kept += list(max(settings, key=_count_arms).index)
     return frame.loc[kept]
 
 
-def against(frame: pd.DataFrame, base: str = "padding", by: tuple[str, ...] = ("model", "corpus")) -> pd.DataFrame:
-    """Speed and memory of every arm relative to `base` on the same model and corpus.
+def _count_arms(runs: pd.DataFrame) -> int:
+    return len(runs[["strategy", "kernel"]].drop_duplicates())
 
-    frame: `records.load_records`. Repeats and seeds of an arm are pooled: its rate is the median of theirs, low and high their range. limit:
-    padding's slots per real token over the arm's own, what dropping the pads alone can give. Columns that no arm has a value for are NaN. Rows come
-    model by model and corpus by corpus as in the frame, strategies in the order of their table.
+
+def against(frame: pd.DataFrame, base: str = "padding", by: Sequence[str] = ("model", "corpus")) -> pd.DataFrame:
+    """Speed and memory of every arm relative to `base` on the same model, rig and corpus.
+
+    frame: `records.load_records`. by: columns that compared runs share, besides their rig. Repeats and seeds of an arm
+    are pooled: its rate is the median of theirs, low and high their range. limit: padding's slots per real token over
+    the arm's own, what dropping the pads alone can give.
+
+    Returns a row an arm with `by`, `rig`, `strategy, kernel, status, runs`, MEASURED (tokens and slots per second,
+    bytes, seconds, nats) and RELATIVE; what was not measured is NaN. Rows come model by model and corpus by corpus as
+    in the frame, strategies in the order of their table.
     """
-    rows, order = [], list(STRATEGIES)
-    frame = frame.sort_values("strategy", key=lambda s: s.map(order.index), kind="stable") if len(frame) else frame
-    groups = frame.groupby(list(by), sort=False)
-    for _, group in sorted(groups, key=lambda item: item[1].index.min()):
+    if not len(frame):
+        return pd.DataFrame()
+    order = {name: i for i, name in enumerate(STRATEGIES)}
+    frame = frame.assign(rig=rigs(frame)).sort_values("strategy", key=lambda names: names.map(order), kind="stable")
+    rows = []
+    keys = [*by, "rig"]
+    for _, group in sorted(frame.groupby(keys, sort=False), key=lambda item: item[1].index.min()):
         reference = group[(group["strategy"] == base) & (group["status"] == "ok")]
-        reference = reference[reference["kernel"] == reference["kernel"].iloc[0]] if len(reference) else reference
+        if len(reference):  # on the first attention in the frame
+            reference = reference[reference["kernel"] == reference["kernel"].iloc[0]]
         for (strategy, kernel), arm in group.groupby(["strategy", "kernel"], sort=False):
             ok = arm[arm["status"] == "ok"]
-            row = {
-                **{key: arm[key].iloc[0] for key in by},
-                "strategy": strategy,
-                "kernel": kernel,
-                "status": arm["status"].iloc[0],
-                "runs": len(ok),
-            }
-            row |= dict.fromkeys(_VALUES, math.nan)
-            if len(ok):
-                rate = ok["metrics.tokens_per_s.mean"]
-                row |= {
-                    "tokens_per_s": rate.median(), "tokens_per_s_low": rate.min(), "tokens_per_s_high": rate.max(),
-                    "slots_per_s": ok["metrics.slots_per_s.mean"].median(), "peak_memory_bytes": ok["metrics.peak_memory_bytes"].max(),
-                    "fill": ok["metrics.measured_fill"].mean(), "waste": ok["metrics.measured_waste"].mean(),
-                    "rows": table_2_rows(ok.iloc[0]), "optimizer_steps": ok["metrics.optimizer_steps"].iloc[0],
-                    "step_seconds": ok["metrics.step_seconds.p50"].median(), "utilization": ok["metrics.model_flops_utilization"].median(),
-                    "loss": ok["metrics.eval_loss_per_token"].mean() if "metrics.eval_loss_per_token" in ok else math.nan,
-                }  # fmt: skip
-                if len(reference):
-                    padding = reference["metrics.tokens_per_s.mean"].median()
-                    row |= {
-                        "speed_up": row["tokens_per_s"] / padding, "speed_up_low": rate.min() / padding, "speed_up_high": rate.max() / padding,
-                        "limit": reference["metrics.measured_waste"].mean() / row["waste"],
-                        "memory_ratio": row["peak_memory_bytes"] / reference["metrics.peak_memory_bytes"].max(),
-                    }  # fmt: skip
+            row = {key: arm[key].iloc[0] for key in keys} | {"strategy": strategy, "kernel": kernel}
+            row |= {"status": arm["status"].iloc[0], "runs": len(ok)}
+            row |= dict.fromkeys([*MEASURED, *RELATIVE], math.nan)
+            row |= _measured(ok) if len(ok) else {}
+            row |= _relative(ok, reference) if len(ok) and len(reference) else {}
             rows.append(row)
     return pd.DataFrame(rows)
 
 
+def _measured(ok: pd.DataFrame) -> dict[str, float]:
+    """MEASURED of an arm's finished runs."""
+    rate = ok["metrics.tokens_per_s.mean"]
+    loss = ok["metrics.eval_loss_per_token"].mean() if "metrics.eval_loss_per_token" in ok else math.nan
+    return {
+        "tokens_per_s": rate.median(),
+        "tokens_per_s_low": rate.min(),
+        "tokens_per_s_high": rate.max(),
+        "slots_per_s": ok["metrics.slots_per_s.mean"].median(),
+        "peak_memory_bytes": ok["metrics.peak_memory_bytes"].max(),
+        "fill": ok["metrics.measured_fill"].mean(),
+        "waste": ok["metrics.measured_waste"].mean(),
+        "rows": table_2_rows(ok.iloc[0]),
+        "optimizer_steps": ok["metrics.optimizer_steps"].iloc[0],
+        "step_seconds": ok["metrics.step_seconds.p50"].median(),
+        "utilization": ok["metrics.model_flops_utilization"].median(),
+        "loss": loss,
+    }
+
+
+def _relative(ok: pd.DataFrame, reference: pd.DataFrame) -> dict[str, float]:
+    """RELATIVE of an arm's finished runs to those of the reference."""
+    rate, usual = ok["metrics.tokens_per_s.mean"], reference["metrics.tokens_per_s.mean"].median()
+    return {
+        "speed_up": rate.median() / usual,
+        "speed_up_low": rate.min() / usual,
+        "speed_up_high": rate.max() / usual,
+        "limit": reference["metrics.measured_waste"].mean() / ok["metrics.measured_waste"].mean(),
+        "memory_ratio": ok["metrics.peak_memory_bytes"].max() / reference["metrics.peak_memory_bytes"].max(),
+    }
+
+
 def table_2_rows(record: pd.Series) -> int:
-    """Rows as the paper's Table 2 counts them: examples where every example stays an entry of its own, packed rows otherwise."""
-    online = record["strategy"] in (
-        "padding",
-        "group_by_length",
-        "minibatch_packing",
-        "token_budget",
-        "dynapipe",
-        "trl_padding",
-        "trl_padding_free",
-    )
-    return int(record["plan.examples"] if online else record["plan.rows"])
+    """Rows as the paper's Table 2 counts them: examples where every one stays an entry of its own, else packed rows."""
+    stay = STRATEGIES[record["strategy"]].examples_stay
+    return int(record["plan.examples"] if stay else record["plan.rows"])
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95 % interval (Student's t); the interval is NaN for a single value.
+class Mean(NamedTuple):
+    """A mean with its 95 % interval; all but the mean are NaN where there is one value.
 
-    >>> mean_interval(np.array([1.0, 2.0, 3.0]))[0]
-    2.0
+    standard_errors: how far the mean is from 0, in units of its standard error.
     """
-    values = np.asarray(values, dtype=float)
-    mean = float(values.mean())
-    half = t95(len(values)) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return mean, mean - half, mean + half
+
+    mean: float
+    low: float
+    high: float
+    standard_errors: float
+
+
+def mean_interval(values: Sequence[float] | np.ndarray | pd.Series) -> Mean:
+    """Mean and 95 % interval (Student's t) of values [n].
+
+    >>> [round(x, 2) for x in mean_interval([1.0, 2.0, 3.0])]
+    [2.0, -0.48, 4.48, 3.46]
+    """
+    sample = np.asarray(values, dtype=float)
+    if len(sample) < 2:
+        return Mean(float(sample.mean()), math.nan, math.nan, math.nan)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of equal values: no width is right
+        test = stats.ttest_1samp(sample, 0.0)
+        low, high = test.confidence_interval(0.95)
+    return Mean(float(sample.mean()), float(low), float(high), float(test.statistic))
 
 
 def paired_differences(frame: pd.DataFrame, value: str, base: str = "padding", arm: str = "strategy") -> pd.DataFrame:
-    """Difference of `value` to the arm `base`, seed by seed, with a 95 % interval over seeds: `label, strategy, difference, low, high, n`."""
+    """Difference of `value` to the arm `base`, seed by seed, with a 95 % interval over seeds.
+
+    frame: a row a run with `seed`, `strategy` and the columns `arm` and `value`. Returns a row an arm:
+    `label, strategy, difference, low, high, standard_errors, n` in the unit of `value`.
+    """
     reference = frame[frame[arm] == base].set_index("seed")[value]
     rows = []
     for name, group in frame[frame[arm] != base].groupby(arm, sort=False):
         by_seed = group.set_index("seed")[value]
         common = by_seed.index.intersection(reference.index)
-        if len(common):
-            mean, low, high = mean_interval((by_seed[common] - reference[common]).to_numpy())
-            text = STRATEGIES[name].label if name in STRATEGIES else str(name)
-            rows.append(
-                {
-                    "label": text,
-                    "strategy": group["strategy"].iloc[0],
-                    "difference": mean,
-                    "low": low,
-                    "high": high,
-                    "n": len(common),
-                }
-            )
+        if not len(common):
+            continue
+        found = mean_interval((by_seed[common] - reference[common]).to_numpy())
+        label = STRATEGIES[name].label if name in STRATEGIES else str(name)
+        row = {"label": label, "strategy": group["strategy"].iloc[0], "difference": found.mean}
+        row |= {"low": found.low, "high": found.high, "standard_errors": found.standard_errors, "n": len(common)}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
 def display_table(table: pd.DataFrame) -> pd.DataFrame:
     """`against`, with the names and units a reader expects and empty cells for what was not measured."""
-    shown = pd.DataFrame({
-        "model": table["model"].map(short), "corpus": table["corpus"].map(short),
+    columns = {
+        "model": [short(model) for model in named_models(table["model"], table["rig"])],
+        "corpus": table["corpus"].map(short),
         "batching": [arm_label(*arm) for arm in zip(table["strategy"], table["kernel"])],
-        "rows": table.get("rows"), "real tokens/s": table.get("tokens_per_s"), "slots/s": table.get("slots_per_s"),
-        "× padding": table.get("speed_up"), "limit": table.get("limit"), "fill": table.get("fill"),
-        "peak memory (GB)": table["peak_memory_bytes"] / 1e9, "validation loss": table.get("loss"), "status": table["status"],
-    })  # fmt: skip
-    formats = {"rows": "{:,.0f}", "real tokens/s": "{:,.0f}", "slots/s": "{:,.0f}", "× padding": "{:.2f}", "limit": "{:.2f}", "fill": "{:.3f}",
-               "peak memory (GB)": "{:.2f}", "validation loss": "{:.4f}"}  # fmt: skip
-    for column, form in formats.items():
-        shown[column] = [form.format(v) if pd.notna(v) else "" for v in shown[column]]
+        "rows": table["rows"],
+        "real tokens/s": table["tokens_per_s"],
+        "slots/s": table["slots_per_s"],
+        "× padding": table["speed_up"],
+        "limit": table["limit"],
+        "fill": table["fill"],
+        "peak memory (GB)": table["peak_memory_bytes"] / 1e9,
+        "validation loss": table["loss"],
+        "status": table["status"],
+    }
+    shown = pd.DataFrame(columns)
+    for column, form in FORMATS.items():
+        shown[column] = formatted(shown[column], form)
     if (shown["status"] == "ok").all():
         shown = shown.drop(columns="status")
     return shown.loc[:, (shown != "").any()].reset_index(drop=True)
+
+
+def formatted(values: Iterable[Any], form: str) -> list[str]:
+    """Values as text, empty where there is none.
+
+    >>> formatted([0.5, float("nan")], "{:.1%}")
+    ['50.0%', '']
+    """
+    return [form.format(value) if pd.notna(value) else "" for value in values]
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -44,9 +44,13 @@ def train_bpe(texts: Sequence[str], vocab_size: int = BPE_VOCAB) -> PreTrainedTo
     if not path.exists():
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<|end|>", "<|pad|>"]
-        options = {"initial_alphabet": alphabet, "special_tokens": special, "show_progress": False}
-        bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, **options))
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=["<|end|>", "<|pad|>"],
+            show_progress=False,
+        )
+        bpe.train_from_iterator(texts, trainer)
         with atomic_write(path) as file:
             file.write(bpe.to_str())
     return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|end|>", pad_token="<|pad|>")
@@ -58,7 +62,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises ValueError when it has no EOS token, with which every example ends.
     """
     if name == "mistral":
-        tokenizer = _mistral()
+        tokenizer: PreTrainedTokenizerBase = _mistral()
     elif name.endswith(".gguf"):
         tokenizer = AutoTokenizer.from_pretrained(str(Path(name).parent), gguf_file=Path(name).name)
     else:
@@ -83,7 +87,8 @@ def tokenize(examples: list[list[tuple[str, bool]]], tokenizer: Any) -> tuple[np
     texts, kinds = zip(*pieces, strict=True)
     bos = tokenizer("a")["input_ids"][:1] != tokenizer("a", add_special_tokens=False)["input_ids"][:1]
     bos = bos and not texts[0].startswith(tokenizer.bos_token)  # a chat template wrote it already
-    counts, flat = [], []
+    counts: list[int] = []
+    flat: list[np.ndarray] = []
     for begin in range(0, len(texts), 4096):
         encoded = tokenizer(list(texts[begin : begin + 4096]), add_special_tokens=False)["input_ids"]
         counts += map(len, encoded)
@@ -102,7 +107,7 @@ def tokenize(examples: list[list[tuple[str, bool]]], tokenizer: Any) -> tuple[np
 def _mistral() -> PreTrainedTokenizerFast:
     """Mistral-7B-v0.1's: the SentencePiece model that mistral-common ships, as a fast tokenizer of equal ids."""
     package = importlib.util.find_spec("mistral_common")
-    if package is None or importlib.util.find_spec("sentencepiece") is None:
+    if package is None or package.origin is None or importlib.util.find_spec("sentencepiece") is None:
         raise ImportError('tokenizer "mistral" needs: pip install "mistral-common[sentencepiece]"')
     from sentencepiece import SentencePieceProcessor
 

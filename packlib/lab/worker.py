@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -192,7 +193,7 @@ def planned(spec: RunSpec, strategy: Strategy, corpus: Corpus) -> tuple[Dataset,
 
 
 def trainer_config(spec: RunSpec, strategy: Strategy, device: torch.device, scratch: str) -> SFTConfig:
-    """TRL's settings for a spec: our own plans are handed over as they are; the peers prepare and pack by themselves."""
+    """TRL's settings for a spec: our plans are handed over as they are; the peers prepare and pack by themselves."""
     if strategy.trl is None:
         preparation: Mapping[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
         batch_size = strategy.rows_per_batch(spec.batch_size)
@@ -239,7 +240,9 @@ class LabTrainer(SFTTrainer):
             examples += count.to(device)
         return self.accelerator.gather(examples).sum()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         if self.weighting == "per_token" or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         weights, _ = losses.token_weights(inputs["labels"], inputs.get("cu_seq_lens_q"), self.weighting)
@@ -249,7 +252,7 @@ class LabTrainer(SFTTrainer):
 
 
 def placeholder_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
-    """TRL wants a tokenizer for its pad and end tokens; the examples are tokenized already, also where none is at hand."""
+    """What TRL reads pad and end tokens from: the examples are tokenized already, and theirs may not be at hand."""
     tokens = {"<unk>": corpus.vocab_size, "<end>": corpus.eos_token_id}
     pad = "<end>" if corpus.pad_token_id == corpus.eos_token_id else "<pad>"
     tokens.setdefault(pad, corpus.pad_token_id)
@@ -261,8 +264,18 @@ def _silent(line: str) -> None:
     pass
 
 
+def end_when(waited_for: Callable[[], object]) -> None:
+    """End this process as soon as `waited_for()` returns: a run must not go on when nobody waits for its record."""
+
+    def wait() -> None:
+        waited_for()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    end_when(lambda: os.read(0, 1))  # whoever starts a rank holds its standard input open
     spec_file, run_folder = map(Path, sys.argv[1:])
-    execute(
-        RunSpec(**json.loads(spec_file.read_text())), spec_file.stem, run_folder, lambda line: print(line, flush=True)
-    )
+    given = json.loads(spec_file.read_text(encoding="utf-8"))
+    execute(RunSpec(**given), spec_file.stem, run_folder, lambda line: print(line, flush=True))

@@ -18,6 +18,7 @@ from packlib.plans.lengths import Layout, Overflow, index_type, positive
 
 Rule = Literal["best_fit_decreasing", "first_fit_decreasing", "histogram"]
 Segments = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray]  # the same, none left out
 
 
 def fit(lengths: np.ndarray, max_tokens: int | None, overflow: Overflow | None) -> Segments:
@@ -26,7 +27,7 @@ def fit(lengths: np.ndarray, max_tokens: int | None, overflow: Overflow | None) 
         return None, None, lengths
     if overflow not in ("error", "truncate", "split"):
         raise ValueError(f"overflow = {overflow!r}; expected 'error', 'truncate' or 'split'")
-    positive("max_tokens", max_tokens)
+    max_tokens = positive("max_tokens", max_tokens)
     if lengths.max() <= max_tokens:
         return None, None, lengths
     if overflow == "error":
@@ -48,15 +49,15 @@ def sizes(segments: Segments) -> np.ndarray:
     return stop if start is None else stop - start
 
 
-def gather(segments: Segments, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def gather(segments: Segments, index: np.ndarray) -> Columns:
     """The segments at `index` (integers [k]), all three columns present; `example` is int32 while that is enough."""
     example, start, stop = segments
-    if example is None:
+    if example is None or start is None:
         return index.astype(index_type(len(stop)), copy=False), np.zeros(len(index), dtype=np.int32), stop[index]
     return example[index], start[index], stop[index]
 
 
-def cut(segments: Segments, size: int) -> tuple[np.ndarray, Segments]:
+def cut(segments: Segments, size: int) -> tuple[np.ndarray, Columns]:
     """Lay segments end to end and cut every `size` tokens: row_splits (int64 [rows + 1]) and the finer segments."""
     ends = np.cumsum(sizes(segments), dtype=np.int64)
     row_begins = np.arange(0, ends[-1], size)
@@ -78,9 +79,10 @@ def select_rows(row_splits: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, n
 
 
 def long_to_short(size: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Segment numbers by descending size, equal ones in random order (int64 [segments]); and how many there are of each size.
+    """Segment numbers by descending size, equal ones in random order; and how many there are of each size.
 
-    numpy's stable sort of 16-bit keys is a radix sort; larger sizes take two passes. Shuffling inside a run of equal sizes stays in cache.
+    Both int64, [segments] and [largest + 1]. numpy's stable sort of 16-bit keys is a radix sort; larger sizes take two
+    passes. Shuffling inside a run of equal sizes stays in cache.
     """
     counts, longest = count(size), int(size.max())
     order = np.argsort(np.subtract(longest, size, dtype=np.int32).astype(np.uint16), kind="stable")  # the low 16 bits
@@ -94,7 +96,10 @@ def long_to_short(size: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarra
 
 
 def count(size: np.ndarray) -> np.ndarray:
-    """Histogram of sizes, int64 [largest + 1]; in pieces, because bincount copies what is not int64 and cache is faster than memory."""
+    """Histogram of sizes, int64 [largest + 1].
+
+    In pieces: bincount copies what is not int64, and cache is faster than memory.
+    """
     counts = np.zeros(int(size.max()) + 1, dtype=np.int64)
     for begin in range(0, len(size), max(2**16, 4 * len(counts))):
         counts += np.bincount(size[begin : begin + max(2**16, 4 * len(counts))], minlength=len(counts))
@@ -112,7 +117,7 @@ def next_fit_splits(size: np.ndarray, max_tokens: int) -> np.ndarray:
 
 
 class _Group(NamedTuple):
-    """Rows that were filled alike: `rows` of them from number `first` on, each with `taken` examples and `room` tokens."""
+    """Rows that were filled alike: `rows` of them from number `first`, each with `taken` examples and `room` tokens."""
 
     first: int
     rows: int

@@ -149,7 +149,7 @@ class Plan:
         return digest.hexdigest()
 
     def take(self, rows: Sequence[int] | np.ndarray, note: str = "take") -> Plan:
-        """The plan of these rows (integers [k] of 0 to len - 1), in this order; the others count as lost in a report."""
+        """The plan of these rows (integers [k] of 0 to len - 1), in this order; a report counts the others as lost."""
         index, row_splits = select_rows(self.row_splits, np.asarray(rows))
         columns = {"example": self.example[index], "start": self.start[index], "stop": self.stop[index]}
         return replace(self, row_splits=row_splits, algorithm=f"{self.algorithm}.{note}", **columns)
@@ -202,11 +202,11 @@ class Plan:
         )
 
     def balance(self, world_size: int, cost: Cost = "quadratic", seed: int = 0) -> Plan:
-        """Interleave rows so that rank r takes rows r, r + world_size, …: equal rows per rank, even costs in every step.
+        """Interleave rows so that rank r takes rows r, r + world_size, …: as many for each rank, even costs in a step.
 
-        Rows of similar cost share a step, which makes the sum of the dearest ranks' costs as small as it can be; the order
-        of steps, and of ranks in a step, is drawn from `seed`. Where rows do not divide, rows with several examples are
-        parted between examples: nothing is lost or repeated. O(rows log rows).
+        Rows of similar cost share a step, which makes the sum of the dearest ranks' costs as small as it can be; the
+        order of steps, and of ranks in a step, is drawn from `seed`. Where rows do not divide, rows with several
+        examples are parted between examples: nothing is lost or repeated. O(rows log rows).
 
         >>> from packlib.plans import best_fit_decreasing
         >>> plan = best_fit_decreasing([4, 4, 1, 1, 1, 1], max_tokens=4, overflow="error").balance(world_size=2)
@@ -233,10 +233,12 @@ class Plan:
     def apply(self, dataset: Dataset) -> Dataset:
         """The packed rows as a `datasets.Dataset` that plain TRL trains on. O(tokens).
 
-        Columns: `input_ids`; `labels` int64, -100 on the first token of every segment (made from `input_ids` if missing);
-        `seq_lengths`, the segments of each row; any column aligned with the tokens, concatenated; any other as a list with
-        one value per segment. `attention_mask` must be all ones and is left out. `ValueError` for other data than was
-        planned; labels or a mask that do not fit are named by example.
+        Columns: `input_ids`; `labels` int64, -100 on the first token of every segment (from `input_ids` if missing, less
+        what `completion_mask`, `assistant_masks` or `loss_mask` leave out); the boundaries twice, `position_ids`
+        and `seq_lengths`; any column aligned with the tokens, concatenated; any other as a list with one value per
+        segment. `attention_mask` must be all ones and is left out. `ValueError` for other data than was planned, for
+        labels or masks that do not fit, rows that are packed already, and columns that change the result and cannot be
+        honoured (other modalities, weights, classes): named by example.
         """
         from packlib.plans import rows  # datasets and pyarrow are needed here alone
 
@@ -246,14 +248,17 @@ class Plan:
     def save(self, path: str | os.PathLike) -> Path:
         """Write an npz with a hash, atomically; returns the path."""
         path = Path(path)
-        meta = {name: getattr(self, name) for name in ("max_tokens", "algorithm", "lengths_sha256", "sha256")}
+        names = ("max_tokens", "algorithm", "lengths_sha256", "sha256")
+        meta = np.array(json.dumps({name: getattr(self, name) for name in names}))
         with atomic_write(path, "wb") as file:
-            np.savez(file, meta=np.array(json.dumps(meta)), **self._arrays)
+            np.savez(
+                file, meta=meta, row_splits=self.row_splits, example=self.example, start=self.start, stop=self.stop
+            )
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike, lengths: Lengths | None = None, max_tokens: int | None = None) -> Plan:
-        """Read a plan back. One made for other `lengths` or `max_tokens` is refused (where given), a changed file always."""
+        """Read a plan back; refuses a changed file, and one made for other `lengths` or `max_tokens` (where given)."""
         with np.load(path, allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
             sha256 = meta.pop("sha256")

@@ -28,7 +28,7 @@ from packlib.plans.lengths import (
     index_type,
     positive,
 )
-from packlib.plans.packing import Rule, Segments
+from packlib.plans.packing import Columns, Rule, Segments
 from packlib.plans.plan import Plan
 
 
@@ -148,7 +148,7 @@ def dynamic_programming(
     seed: int = 0,
     overflow: Overflow,
     layout: Layout = "padded",
-    cost: CostModel = CostModel(),  # noqa: B008 (immutable)
+    cost: CostModel = CostModel(),
     examples_per_step: int | None = None,
 ) -> Plan:
     """DynaPipe's micro-batches (2311.10418): sort by length, cut where the summed cost is least. O(n · examples a row).
@@ -330,7 +330,7 @@ def _shuffled(
     return _plan(lengths, row_splits, packing.gather(segments, items), max_tokens, name)
 
 
-def _plan(lengths: np.ndarray, row_splits: np.ndarray, segments: Segments, max_tokens: int | None, name: str) -> Plan:
+def _plan(lengths: np.ndarray, row_splits: np.ndarray, segments: Columns, max_tokens: int | None, name: str) -> Plan:
     return Plan(row_splits, *segments, max_tokens=max_tokens, algorithm=name, lengths_sha256=hash_lengths(lengths))
 
 

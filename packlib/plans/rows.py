@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from packlib.collators import IGNORE_INDEX
+from packlib.columns import BOUNDARIES, CUMULATIVE, IGNORE_INDEX, LENGTHS, LOSS_MASKS, POSITIONS, refusal
 
 PIECE = 2**26  # tokens gathered at once: arrow's list offsets are int32
 
@@ -29,7 +30,10 @@ def lengths_of(dataset: Dataset) -> np.ndarray:
 def gather(
     dataset: Dataset, row_splits: np.ndarray, example: np.ndarray, start: np.ndarray, stop: np.ndarray, *, key: str
 ) -> Dataset:
-    """`Plan.apply`: the rows as a data set, gathered in pieces of about PIECE tokens. key: names the plan in its cache."""
+    """`Plan.apply`: the rows as a data set, gathered in pieces of about PIECE tokens.
+
+    key: names the plan in the fingerprint, by which `datasets` tells data sets apart in its cache.
+    """
     source = dataset.with_format("arrow")
     row_tokens = np.add.reduceat(stop.astype(np.int64) - start, row_splits[:-1])
     piece = np.cumsum(row_tokens) // PIECE
@@ -40,7 +44,45 @@ def gather(
         splits = (row_splits[first : last + 1] - row_splits[first]).astype(np.int32)
         tables.append(_gather(source, splits, example[here], start[here], stop[here]))
     fingerprint = hashlib.sha256(f"{key}{dataset._fingerprint}".encode()).hexdigest()[:16]
-    return Dataset(pa.concat_tables(tables), fingerprint=fingerprint)
+    return PackedDataset(pa.concat_tables(tables), fingerprint=fingerprint)
+
+
+class PackedDataset(Dataset):
+    """A data set of packed rows that keeps its boundaries: `seq_lengths` stays, whatever columns are chosen or removed.
+
+    Trainer removes every column that the model's forward does not name, and `with_format("torch", columns=…)` hides all
+    that is not listed; rows without boundaries would train contaminated, without a word.
+    """
+
+    def set_format(self, type: str | None = None, columns: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        super().set_format(type, _with_lengths(columns), *args, **kwargs)
+
+    def select_columns(self, column_names: str | list[str], **options: Any) -> Dataset:
+        names = [column_names] if isinstance(column_names, str) else column_names
+        return super().select_columns(_with_lengths(names), **options)
+
+    def remove_columns(self, column_names: str | list[str], **options: Any) -> Dataset:
+        names = [column_names] if isinstance(column_names, str) else column_names
+        return super().remove_columns([name for name in names if name != LENGTHS], **options)
+
+    def map(self, *args: Any, remove_columns: str | list[str] | None = None, **options: Any) -> Dataset:
+        names = [remove_columns] if isinstance(remove_columns, str) else remove_columns or []
+        if options.get("features") is None:  # else somebody says what comes out (filter, flatten_indices)
+            names = [name for name in names if name != LENGTHS]
+        return _packed(super().map(*args, remove_columns=names, **options))
+
+    def select(self, *args: Any, **options: Any) -> Dataset:  # what shuffle, sort and train_test_split go through
+        return _packed(super().select(*args, **options))
+
+
+def _packed(dataset: Dataset) -> Dataset:
+    if LENGTHS in dataset.column_names:
+        dataset.__class__ = PackedDataset
+    return dataset
+
+
+def _with_lengths(columns: list[str] | None) -> list[str] | None:
+    return columns if columns is None or LENGTHS in columns else [*columns, LENGTHS]
 
 
 def _gather(
@@ -58,24 +100,61 @@ def _gather(
     tokens = pa.array(np.arange(segment_splits[-1]) + np.repeat(shift, size))
     token_splits = segment_splits[row_splits].astype(np.int32)
     # 3. Columns with a value per token are gathered token by token, others segment by segment.
-    columns = {}
+    columns, trained = {}, None
     for name in table.column_names:
         values = table[name].chunk(0)
+        if values.null_count == len(values):
+            continue
+        if reason := refusal(name):
+            first = examples[int(np.argmax(values.is_valid().to_numpy(False)))]
+            raise ValueError(f"example {first} has {name!r}, {reason}; remove the column if it is of no account")
+        if name in BOUNDARIES:
+            _refuse_packed(name, values, lengths, examples)
+            continue
         aligned = _has_token_values(name, table[name], lengths, examples)
         if aligned:
             values = values.flatten()
         if name == "attention_mask":
             _refuse_zeros(values, lengths, examples)
+        elif name in LOSS_MASKS:
+            mask = values.take(tokens).to_numpy(False) != 0
+            trained = mask if trained is None else trained & mask
         elif aligned:
             columns[name] = _lists(values.take(tokens), token_splits)
         else:
             columns[name] = _lists(values.take(pa.array(local)), row_splits)
-    # 4. The first label of every segment goes.
+    # 4. Labels, with masks where there are none, and without the first one of every segment.
     labels = columns.get("labels", columns["input_ids"]).values.to_numpy(False).astype(np.int64)
+    if trained is not None and "labels" not in columns:
+        labels[~trained] = IGNORE_INDEX
     labels[segment_splits[:-1]] = IGNORE_INDEX
     columns["labels"] = _lists(pa.array(labels), token_splits)
-    columns["seq_lengths"] = _lists(pa.array(size), row_splits)
+    # 5. Boundaries, twice: Trainer keeps the arguments of the model's forward, TRL its own column.
+    position = np.arange(segment_splits[-1]) - np.repeat(segment_splits[:-1], size)
+    columns[POSITIONS] = _lists(pa.array(position.astype(np.int32)), token_splits)
+    columns[LENGTHS] = _lists(pa.array(size), row_splits)
     return pa.table(columns)
+
+
+def _refuse_packed(name: str, column: pa.Array, lengths: np.ndarray, examples: np.ndarray) -> None:
+    """`ValueError` unless a column of boundaries says that every example is one segment."""
+    found = pc.list_value_length(column).to_numpy(False)
+    values = column.flatten().to_numpy(False)
+    if name in CUMULATIVE:
+        whole = found == 2
+        ends = values.reshape(-1, 2)[:, 1] if whole.all() else lengths
+        whole &= ends == lengths
+    elif np.array_equal(found, lengths):
+        starts = np.cumsum(lengths) - lengths
+        expected = np.repeat(values[starts], lengths)
+        if name == POSITIONS:
+            expected = np.arange(len(values)) - np.repeat(starts, lengths)
+        whole = np.logical_and.reduceat(values == expected, starts)
+    else:
+        whole = found == lengths
+    if not whole.all():
+        example = examples[int(np.argmin(whole))]
+        raise ValueError(f"{name} of example {example} is not that of one segment; expected examples, not packed rows")
 
 
 def _lists(values: pa.Array, splits: np.ndarray) -> pa.Array:
@@ -91,7 +170,9 @@ def _refuse_zeros(mask: pa.Array, lengths: np.ndarray, examples: np.ndarray) -> 
 def _has_token_values(name: str, column: pa.ChunkedArray, lengths: np.ndarray, examples: np.ndarray) -> bool:
     """Whether a column has one value per token; `labels` and `attention_mask` must have."""
     found = pc.list_value_length(column).to_numpy() if hasattr(column.type, "value_type") else None
-    if name in ("labels", "attention_mask"):
+    if name in ("labels", "attention_mask", *LOSS_MASKS):
+        if found is None:
+            raise ValueError(f"{name} is a column of {column.type}; expected lists, one value per token")
         i = int(np.argmax(found != lengths))
         if found[i] != lengths[i]:
             raise ValueError(f"{name} of example {examples[i]} covers {found[i]} tokens; expected {lengths[i]}")

@@ -1,18 +1,30 @@
 """Corpora: contents, splits, formats, loss masks, errors, caches. The Hub is mocked at datasets.load_dataset."""
 
 import ast
+import dataclasses
 import gzip
 import importlib.util
 import json
 import os
 import re
+from itertools import chain
 
 import datasets
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from packlib.lab import tokenizers
-from packlib.lab.corpora import CORPORA, IGNORE_INDEX, Corpus, load_corpus, load_tokenizer
+from packlib.lab.corpora import (
+    CORPORA,
+    IGNORE_INDEX,
+    Corpus,
+    content_sha256,
+    load_corpus,
+    load_tokenizer,
+    located,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,12 +162,18 @@ TEMPLATE = (
 @pytest.mark.parametrize(
     "template, whole, trained",
     [
-        (TEMPLATE, "[user]Hi<|end|>\n[assistant]Hello you<|end|>\n[user]Bye<|end|>\n[assistant]Good night<|end|>",
-         "Hello you<|end|>\nGood night<|end|>"),
-        (None, "user: Hi\nassistant: Hello you\nuser: Bye\nassistant: Good night\n<|end|>",
-         "assistant: Hello you\nassistant: Good night\n<|end|>"),
+        (
+            TEMPLATE,
+            "[user]Hi<|end|>\n[assistant]Hello you<|end|>\n[user]Bye<|end|>\n[assistant]Good night<|end|>",
+            "Hello you<|end|>\nGood night<|end|>",
+        ),
+        (
+            None,
+            "user: Hi\nassistant: Hello you\nuser: Bye\nassistant: Good night\n<|end|>",
+            "assistant: Hello you\nassistant: Good night\n<|end|>",
+        ),
     ],
-)  # fmt: skip
+)
 def test_chats_are_trained_on_the_assistants_turns(tmp_path, template, whole, trained):
     tokenizer = tokenizers.train_bpe(["Hello you, good night"], 280)
     tokenizer.chat_template = template
@@ -195,7 +213,7 @@ def test_a_tokenizer_with_bos_puts_it_once_in_front(tmp_path):
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
-    path.write_text('{"text": "fine"}\n\n' + line + "\n")
+    path.write_text('{"text": "fine"}\n\n' + line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         load_corpus(str(path))
 
@@ -203,7 +221,10 @@ def test_a_bad_line_is_named_by_its_number(tmp_path, line, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"name": "pydoc"}, r"unknown corpus 'pydoc'; known: pydocs, arithmetic, pysource, flan, orcamath, stack, hub:"),
+        (
+            {"name": "pydoc"},
+            r"unknown corpus 'pydoc'; known: pydocs, arithmetic, pysource, flan, orcamath, stack, hub:",
+        ),
         ({"name": "pydocs", "split": "test"}, r"split = 'test'; expected one of train, eval"),
         ({"name": "pydocs", "loss": "prompt"}, r"loss = 'prompt'; expected one of full, response"),
         ({"name": "pydocs", "limit": 0}, r"limit = 0; expected at least 1"),
@@ -252,6 +273,135 @@ def test_npz_round_trip_subset_and_refusals(tmp_path):
     np.savez(tmp_path / "bad_eval.npz", **arrays)
     with pytest.raises(ValueError, match="is damaged"):
         Corpus.load(tmp_path / "bad_eval.npz")
+
+
+# Capacity
+
+
+FACTS = {
+    "name": "made",
+    "split": "train",
+    "tokenizer_name": "none",
+    "vocab_size": 10_000,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+def made_corpus(lengths) -> Corpus:
+    """Token i of the corpus is i; every third has no label."""
+    ids = np.arange(sum(lengths))
+    return Corpus.from_arrays(ids, np.where(ids % 3 == 1, IGNORE_INDEX, ids), np.array(lengths), **FACTS)
+
+
+def tokens(corpus: Corpus, column: str = "input_ids") -> list[list[int]]:
+    return [list(example) for example in corpus.dataset[column]]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 45))
+@settings(max_examples=60, deadline=None)
+def test_no_token_is_lost_uncounted(lengths, max_tokens):
+    corpus = made_corpus(lengths)
+    for overflow in ("truncate", "split"):
+        fitted = corpus.fit(max_tokens, overflow)
+        assert fitted.lengths.max() <= max_tokens and (fitted.lengths > 0).all()
+        assert fitted.lengths.sum() + fitted.lost_tokens == corpus.lengths.sum()
+        assert [len(ids) for ids in tokens(fitted)] == fitted.lengths.tolist()
+        predicted = [label for labels in tokens(fitted, "labels") for label in labels[1:] if label != IGNORE_INDEX]
+        assert fitted.loss_tokens.sum() == len(predicted)
+        for ids, labels in zip(tokens(fitted), tokens(fitted, "labels")):
+            assert labels == [IGNORE_INDEX if i % 3 == 1 else i for i in ids], "labels stay with their tokens"
+        if overflow == "truncate":
+            assert tokens(fitted) == [ids[:max_tokens] for ids in tokens(corpus)]
+        else:
+            assert fitted.lost_tokens == 0
+            assert list(chain(*tokens(fitted))) == list(range(sum(lengths))), "the same tokens in the same order"
+            assert len(fitted.lengths) == sum(-(-n // max_tokens) for n in lengths), "as few pieces as there can be"
+        assert (fitted.sha256 == corpus.sha256) == (max(lengths) <= max_tokens), "other data has another hash"
+
+
+@pytest.mark.parametrize("overflow", ["error", "truncate", "split"])
+def test_an_exact_fit_is_left_alone(overflow):
+    corpus = made_corpus([4, 7, 7])
+    fitted = corpus.fit(7, overflow)
+    assert (fitted.sha256, fitted.lost_tokens, fitted.name) == (corpus.sha256, 0, corpus.name)
+
+
+def test_a_sliced_data_set_is_cut_where_it_is():
+    whole = made_corpus([3, 9, 4, 8])
+    corpus = dataclasses.replace(whole, dataset=whole.dataset.select(range(1, 4)), lengths=whole.lengths[1:])
+    assert tokens(corpus.fit(6, "truncate")) == [ids[:6] for ids in tokens(whole)[1:]]
+
+
+def test_overlong_examples_are_an_error_unless_a_policy_is_given():
+    with pytest.raises(
+        ValueError, match=r'lengths\[1\] = 9 exceeds max_tokens = 6; pass overflow="split" or "truncate"'
+    ):
+        made_corpus([3, 9, 4, 8]).fit(6, "error")
+    with pytest.raises(ValueError, match=r"overflow = 'drop'; expected 'error', 'truncate' or 'split'"):
+        made_corpus([3]).fit(6, "drop")
+
+
+def test_a_corpus_is_fitted_as_it_is_loaded():
+    whole = load_corpus("arithmetic", split="eval")
+    assert whole.lost_tokens == 0 and whole.lengths.max() > 60, "without a capacity nothing is cut"
+    with pytest.raises(ValueError, match="exceeds max_tokens = 60"):
+        load_corpus("arithmetic", split="eval", max_tokens=60)
+    fitted = load_corpus("arithmetic", split="eval", max_tokens=60, overflow="truncate")
+    assert fitted.lengths.max() == 60 and fitted.lost_tokens == whole.lengths.sum() - fitted.lengths.sum() > 0
+
+
+# Content
+
+
+def test_content_is_that_of_both_splits_wherever_they_lie(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for folder in (tmp_path, tmp_path / "elsewhere"):
+        write(folder / "sums_train.jsonl", questions(20))
+        write(folder / "sums_eval.jsonl", questions(3))
+    first = content_sha256(str(tmp_path / "sums_{split}.jsonl"))
+    moved = str(tmp_path / "elsewhere" / "sums_{split}.jsonl")
+    assert content_sha256(moved) == first, "it does not matter where"
+    write(tmp_path / "elsewhere" / "sums_eval.jsonl", questions(4))
+    assert content_sha256(moved) != first, "an edited held-out set is other data"
+
+
+def test_content_of_built_in_and_tokenized_corpora(tmp_path):
+    assert content_sha256("arithmetic") == content_sha256("arithmetic") != content_sha256("pydocs")
+    load_corpus("arithmetic", split="eval", limit=5).save(tmp_path / "a.npz")
+    load_corpus("arithmetic", split="eval", limit=6).save(tmp_path / "b.npz")
+    assert content_sha256(str(tmp_path / "a.npz")) != content_sha256(str(tmp_path / "b.npz"))
+
+
+def test_a_local_tokenizer_is_part_of_the_content(tmp_path):
+    path = write(tmp_path / "sums.jsonl", questions(20))
+    for name, text in (("one", "some text"), ("two", "other words")):
+        tokenizers.train_bpe([text], 262).save_pretrained(tmp_path / name)
+    contents = [content_sha256(path, str(tmp_path / name)) for name in ("one", "two")] + [content_sha256(path, "bpe")]
+    assert len(set(contents)) == 3 and content_sha256(path, "bpe:300") == contents[2], "bpe follows from the text"
+
+
+def test_data_that_are_not_here_have_no_content(tmp_path, monkeypatch):
+    def unknown(path, **options):
+        raise datasets.exceptions.DatasetNotFoundError("no such data set")
+
+    monkeypatch.setattr(datasets, "load_dataset", unknown)
+    for name in (str(tmp_path / "no.jsonl"), str(tmp_path / "no_{split}.npz"), "hub:no/such"):
+        assert content_sha256(name) is None
+    with pytest.raises(ValueError, match="unknown corpus 'arithmetik'"):
+        content_sha256("arithmetik")
+
+
+def test_specs_name_no_folder(tmp_path, monkeypatch):
+    write(tmp_path / "sums.jsonl", questions(20))
+    write(tmp_path / "both_train.jsonl", questions(20))
+    assert located("sums.jsonl") == "sums.jsonl", "without a folder of data a name is a name"
+    monkeypatch.setenv("PACKLIB_DATA", str(tmp_path))
+    assert located("sums.jsonl") == str(tmp_path / "sums.jsonl")
+    assert located("both_{split}.jsonl") == str(tmp_path / "both_{split}.jsonl")
+    assert [located(name) for name in ("arithmetic", "hub:a/b", "bpe:512")] == ["arithmetic", "hub:a/b", "bpe:512"]
+    assert load_corpus("sums.jsonl").name == "sums"
+    assert content_sha256("sums.jsonl") == content_sha256(str(tmp_path / "sums.jsonl"))
 
 
 # The Hub

@@ -1,9 +1,7 @@
 """Models: published sizes, seeds, routes, counts and operations; pretrained folders and .gguf files."""
 
 import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -77,6 +75,10 @@ def test_attn_implementation_is_passed_through():
     assert build_model("tiny-llama", attn_implementation="eager", layers=1).config._attn_implementation == "eager"
 
 
+def test_a_pretrained_model_has_no_entry():
+    assert models.architecture("falcon-7b") is MODELS["falcon-7b"] and models.architecture("some/model") is None
+
+
 def test_falcon_names_its_route_when_a_kernel_cannot_reach_it():
     assert [name for name, known in MODELS.items() if known.attention_route == "flash"] == ["falcon-7b"]
     with pytest.raises(ValueError, match=r"falcon-7b bypasses.*'packlib_varlen'.*expected one of eager, sdpa, flash_"):
@@ -107,7 +109,8 @@ def test_a_folder_is_loaded_with_its_weights(tmp_path):
 def test_a_gguf_file_is_asked_for_by_folder_and_file(monkeypatch):
     asked = []
     config, model = model_config("tiny-llama"), build_model("tiny-llama", layers=1)
-    model.is_quantized, model.hf_quantizer, model.config.quantization_config = True, object(), {"quant_method": "gguf"}  # as transformers leaves it
+    model.is_quantized, model.hf_quantizer = True, object()  # as transformers leaves it
+    model.config.quantization_config = {"quant_method": "gguf"}
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda **options: asked.append(options) or config)
     monkeypatch.setattr(
         models.AutoModelForCausalLM, "from_pretrained", lambda **options: asked.append(options) or model
@@ -133,26 +136,3 @@ def test_smollm2_from_the_wheel_answers():
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
-
-
-def test_fused_layers_leave_the_loss_alone(monkeypatch):
-    """Liger at the boundary: what is asked of it, and what is said where it has nothing."""
-    asked, liger = [], ModuleType("liger_kernel.transformers.monkey_patch")
-    liger.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
-    liger._apply_liger_kernel_to_instance = lambda model, **options: asked.append((model.config.model_type, options))
-    for name in ("liger_kernel", "liger_kernel.transformers"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, liger.__name__, liger)
-    fused, plain = (models.build_model(name, layers=1, vocab_size=64, seed=3) for name in ("tiny-llama+liger", "tiny-llama"))
-    assert asked == [("llama", {"cross_entropy": False, "fused_linear_cross_entropy": False})]
-    assert all(torch.equal(a, b) for a, b in zip(fused.parameters(), plain.parameters())), "the same weights"
-    assert models.architecture("falcon-7b+liger") is models.MODELS["falcon-7b"] and models.architecture("some/model") is None
-    liger.MODEL_TYPE_TO_APPLY_LIGER_FN = {"mistral": None}
-    with pytest.raises(ValueError, match="no layers for llama; it has mistral"):
-        models.build_model("tiny-llama+liger", layers=1, vocab_size=64)
-
-
-def test_fused_layers_need_their_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    with pytest.raises(ImportError, match="liger_kernel"):
-        models.build_model("tiny-llama+liger", layers=1, vocab_size=64)

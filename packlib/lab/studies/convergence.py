@@ -1,29 +1,43 @@
-"""Does packing change what is learned? The arms of that question, their statistics, and the figures only notebook 07 needs.
+"""Does packing change what is learned? The arms of notebook 07, their statistics, figures and sentences.
 
-Three things change at once when rows are packed to a fixed length: steps become fewer, examples are broken, and, without boundaries,
-neighbours leak. Each pair of arms here differs in one of them, so that each loss can be put down to its cause. An arm's specs follow from
-literals alone, not from the data: published records redraw on a machine that has neither.
+Three things change at once when rows are packed to a fixed length: steps become fewer, examples are broken, and,
+without boundaries, neighbours leak. Each pair of arms here differs in one of them, so that each loss can be put down to
+its cause. An arm's specs follow from literals alone, not from the data: published records redraw on a machine that has
+neither. What an arm shares with padding, its variant, is named in `_changes` and nowhere else: records are recognised
+by the specs that it gives.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.figure import Figure
 
-from packlib.lab import figures, paper, records, tables
-from packlib.lab.spec import RunSpec
+from packlib.lab import experiment, figures, paper, records, tables
+from packlib.lab.figures import Picture
 from packlib.lab.parameters import unknown_name
+from packlib.lab.spec import RunSpec
 from packlib.lab.strategies import STRATEGIES
 
 FIXED, POSID, MULTIPACK = "fixed_length_packing", "fixed_length_packing_posid", "multipack_posid"
+PAIR = ("padding", "minibatch_packing")  # the same training, step by step
 EPOCHS, STEPS, EXAMPLES = "equal epochs", "equal steps", "constant examples"
+SHARES = ("", STEPS, EPOCHS, EXAMPLES)  # variants that leave the learning rate and what is shuffled as they are
 GROUPS = ("padding", "equal steps", "equal epochs", "multipack", "constant examples", "learning rate", "atoms")
 ATOMS = {"¼ row": 0.25, "½ row": 0.5, "1 row": 1.0, "2 rows": 2.0}  # size of what is shuffled
+EVALUATIONS = 4  # of a run, the end included
+PLAN = {"groups", "rows_per_step", "seeds"}  # fields of a setting that are none of RunSpec
+AVERAGES = {"per token": "per_token", "per example": "per_example"}
+NEGLIGIBLE = 1e-3  # nats: rounding alone stays below
+
+
+# Arms
 
 
 @dataclass(frozen=True)
@@ -36,294 +50,371 @@ class Arm:
 
     @property
     def label(self) -> str:
-        return STRATEGIES[self.strategy].label + (f", {self.variant}" if self.variant else "")
+        """How the arm is written."""
+        return arm_label(self.strategy, self.variant)
+
+    @property
+    def batch(self) -> str:
+        """(batch_size, max_tokens, accumulation): the paper's notation of a step."""
+        return f"({self.spec.batch_size}, {self.spec.max_tokens}, {self.spec.gradient_accumulation})"
 
     @property
     def names(self) -> dict[str, str]:
-        corpus, name = tables.short(self.spec.corpus), {"strategy": self.strategy, "variant": self.variant}
-        return {"corpus": corpus, "arm": self.label, **name, "run_id": self.spec.run_id}
+        """What every table says of the arm."""
+        names = {"corpus": tables.short(self.spec.corpus), "arm": self.label, "strategy": self.strategy}
+        return names | {"variant": self.variant, "spec_id": self.spec.spec_id}
+
+
+def arm_label(strategy: str, variant: str = "") -> str:
+    """How an arm is written: the strategy, and what it shares with padding."""
+    label = STRATEGIES[strategy].label
+    return f"{label}, {variant}" if variant else label
 
 
 def arms(
-    base: RunSpec,
-    *,
-    rows_per_step: int,
-    groups: Sequence[str] = GROUPS,
-    seeds: Iterable[int] = (0, 1, 2),
-    evaluations: int = 4,
+    base: RunSpec, *, rows_per_step: int, groups: Sequence[str] = GROUPS, seeds: Iterable[int] = (0, 1, 2)
 ) -> list[Arm]:
     """The arms of some `GROUPS` over one corpus, for every seed, a whole seed after the other.
 
-    base: batch_size × gradient_accumulation examples make a step of padding; a step of "equal epochs" is as many rows of max_tokens, as in
-    Table 4, and so fewer steps; `rows_per_step` rows hold about as many examples as a step of padding ("equal steps", exactly). `limit`
-    examples to train on must exist. evaluations: per run, the end included. Only padding and "equal steps" generate answers. Raises `ValueError`.
+    base: batch_size × gradient_accumulation examples make a step of padding; a step of "equal epochs" is as many rows
+    of max_tokens, as in Table 4, and so fewer steps; `rows_per_step` rows hold about as many examples as a step of
+    padding ("equal steps", exactly). `limit` examples to train on must exist. Only padding and "equal steps" generate
+    answers. Raises `ValueError`.
 
     >>> found = arms(RunSpec(limit=64, batch_size=8), rows_per_step=2, groups=["equal steps"], seeds=[0])
     >>> [(arm.label, arm.spec.steps, arm.spec.batch_size) for arm in found][1]
     ('FixedLengthPacking + PosID, equal steps', 8, 2)
     """
-    if base.limit is None:
-        raise ValueError("limit = None; expected the number of training examples: the steps of the arms follow from it")
     for group in set(groups) - set(GROUPS):
         raise unknown_name("group of arms", group, GROUPS)
-    examples = base.batch_size * base.gradient_accumulation
-    if not 1 <= rows_per_step < examples:
-        raise ValueError(
-            f"rows_per_step = {rows_per_step}; expected 1 to {examples - 1}, fewer rows than a step of padding has examples"
-        )
-    steps, fewer = math.ceil(base.epochs * base.limit / examples), examples / rows_per_step
-    every = {"eval_every": math.ceil(steps / evaluations), "generate_examples": 0}
-    few = every | {"eval_every": math.ceil(steps / fewer / evaluations)}
-    equal = every | {"batch_size": rows_per_step, "gradient_accumulation": 1, "steps": steps}
-    constant = every | {"batch_size": 1, "gradient_accumulation": 1, "examples_per_step": examples}
-    answers = {"generate_examples": base.generate_examples}
-    table = {
-        "padding": [("padding", "", every | answers), ("minibatch_packing", "", every)],
-        "equal steps": [(name, STEPS, equal | answers) for name in (FIXED, POSID)],
-        "equal epochs": [(name, EPOCHS, few) for name in (FIXED, POSID)],
-        "multipack": [(MULTIPACK, EPOCHS, few), (MULTIPACK, STEPS, equal)],
-        "constant examples": [(MULTIPACK, EXAMPLES, constant)],
-        "learning rate": [
-            (MULTIPACK, f"{EPOCHS}, lr × {sign}{fewer:.3g}", few | {"learning_rate": base.learning_rate * factor})
-            for sign, factor in (("√", fewer**0.5), ("", fewer))
-        ],
-        "atoms": [(FIXED, f"atoms of {name}", equal | {"atom_size": int(share * base.max_tokens)}) for name, share in ATOMS.items()],
-    }  # fmt: skip
-    chosen = [row for group in GROUPS if group in groups for row in table[group]]
+    table = _changes(base, rows_per_step)
+    rows = [row for group in GROUPS if group in groups for row in table[group]]
     return [
-        Arm(s, variant, replace(base, strategy=s, seed=seed, **changes))
+        Arm(strategy, variant, replace(base, strategy=strategy, seed=seed, **changes))
         for seed in seeds
-        for s, variant, changes in chosen
+        for strategy, variant, changes in rows
     ]
 
 
-def settings_arms(settings: Sequence[Mapping[str, Any]], *, seeds: Sequence[int], **shared: Any) -> list[Arm]:
-    """The arms of several settings, one after the other: mappings of `corpus, limit, rows_per_step, groups, seeds`, fields of `RunSpec`.
+def _changes(base: RunSpec, rows_per_step: int) -> dict[str, list[tuple[str, str, dict[str, Any]]]]:
+    """The arms of each group: strategy, variant, and the fields of RunSpec that differ from `base`."""
+    if base.limit is None:
+        raise ValueError("limit = None; expected the number of training examples: the steps of the arms follow from it")
+    examples = base.batch_size * base.gradient_accumulation
+    if not 1 <= rows_per_step < examples:
+        expected = f"expected 1 to {examples - 1}, fewer rows than a step of padding has examples"
+        raise ValueError(f"rows_per_step = {rows_per_step}; {expected}")
+    steps, fewer = math.ceil(base.epochs * base.limit / examples), examples / rows_per_step
+    answers = {"generate_examples": base.generate_examples}
+    every = {"eval_every": math.ceil(steps / EVALUATIONS), "generate_examples": 0}
+    few = every | {"eval_every": math.ceil(steps / fewer / EVALUATIONS)}
+    equal = every | {"batch_size": rows_per_step, "gradient_accumulation": 1, "steps": steps}
+    constant = every | {"batch_size": 1, "gradient_accumulation": 1, "examples_per_step": examples}
+    rates = {f"lr × √{fewer:.3g}": base.learning_rate * fewer**0.5, f"lr × {fewer:.3g}": base.learning_rate * fewer}
+    atoms = {f"atoms of {name}": int(share * base.max_tokens) for name, share in ATOMS.items()}
+    return {
+        "padding": [("padding", "", every | answers), ("minibatch_packing", "", every)],
+        "equal steps": [(FIXED, STEPS, equal | answers), (POSID, STEPS, equal | answers)],
+        "equal epochs": [(FIXED, EPOCHS, few), (POSID, EPOCHS, few)],
+        "multipack": [(MULTIPACK, EPOCHS, few), (MULTIPACK, STEPS, equal)],
+        "constant examples": [(MULTIPACK, EXAMPLES, constant)],
+        "learning rate": [
+            (MULTIPACK, f"{EPOCHS}, {name}", few | {"learning_rate": rate}) for name, rate in rates.items()
+        ],
+        "atoms": [(FIXED, name, equal | {"atom_size": size}) for name, size in atoms.items()],
+    }
 
-    shared: fields of `RunSpec` for all of them. Raises `ValueError` for a field that there is not, listing the known ones, and for a missing one.
+
+def settings_arms(
+    settings: Sequence[Mapping[str, Any]], *, seeds: Sequence[int], groups: Sequence[str] = GROUPS, **shared: Any
+) -> list[Arm]:
+    """The arms of several settings, one after the other.
+
+    settings: mappings of `corpus, limit, rows_per_step`, perhaps `groups, seeds`, and fields of `RunSpec`; seeds,
+    groups, shared (fields of `RunSpec`): where a setting names none. Raises `ValueError` for an unknown field, listing the known ones, and for a missing one.
     """
-    plan, found = {"groups", "rows_per_step", "seeds"}, []
-    known = plan | {f.name for f in fields(RunSpec)}
+    known, found = PLAN | {field.name for field in fields(RunSpec)}, []
     for setting in settings:
         for name in sorted(setting.keys() - known):
             raise unknown_name("field of a setting", name, known)
         for name in sorted({"corpus", "limit", "rows_per_step"} - setting.keys()):
             raise ValueError(f"setting {setting.get('corpus', '?')!r} has no {name}")
-        spec = {"seeds": seeds} | shared | dict(setting)
-        found += arms(
-            RunSpec(**{k: v for k, v in spec.items() if k not in plan}), **{k: spec[k] for k in plan & spec.keys()}
-        )
+        given = {"seeds": seeds, "groups": groups} | shared | dict(setting)
+        base = RunSpec(**{name: value for name, value in given.items() if name not in PLAN})
+        found += arms(base, **{name: given[name] for name in PLAN & given.keys()})
     return found
 
 
-def results(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
-    """One row an arm and seed, measured or not: `Arm.names, seed, status, lr, batch, tokens, seconds, steps, per_token, per_example, exact_match`.
-
-    status: that of the record, or `missing`. batch: (batch_size, max_tokens, accumulation), the paper's notation. Losses are nats.
-    """
-    keys = {
-        "steps": "optimizer_steps",
-        "per_token": "eval_loss_per_token",
-        "per_example": "eval_loss_per_example",
-        "exact_match": "exact_match",
+def recognised(found: Iterable[Mapping[str, Any]]) -> dict[str, Arm]:
+    """The records that are arms of this study, by run_id: whatever `arms` makes of some padding run among them."""
+    specs = {
+        record["run_id"]: RunSpec(**record["spec"])
+        for record in found
+        if record["spec"].get("eval_every") and record["spec"].get("strategy") in STRATEGIES
     }
+    # 1. Every arm that could stand beside one of the padding runs; equal steps have some record's batch size.
+    known: dict[str, Arm] = {}
+    for padding in specs.values():
+        if padding.strategy != "padding" or padding.limit is None:
+            continue
+        examples = padding.batch_size * padding.gradient_accumulation
+        for rows in sorted({spec.batch_size for spec in specs.values() if spec.batch_size < examples}):
+            for arm in arms(padding, rows_per_step=rows, seeds=[padding.seed]):
+                known.setdefault(arm.spec.spec_id, arm)
+    # 2. Those that were run.
+    return {run_id: known[spec.spec_id] for run_id, spec in specs.items() if spec.spec_id in known}
+
+
+# Tables
+
+
+def results(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
+    """One row an arm and seed, measured or not.
+
+    `Arm.names`, `seed`, `status` (of the record, or `missing`), `lr`, `batch` (batch_size, max_tokens, accumulation:
+    the paper's notation), `tokens`, `seconds` (of runs that had the device to themselves), `steps`, the losses
+    `per_token, per_example` in nats, `exact_match` in [0, 1].
+    """
     rows = []
     for arm in planned:
-        spec, record = arm.spec, records.read_record(folder, arm.spec.run_id)
-        row = arm.names | {
+        spec, record = arm.spec, experiment.find(arm.spec, folder) or {}
+        metrics, trace = record.get("metrics") or {}, record.get("trace") or {}
+        alone = bool(record) and records.had_device_alone(record)
+        row = {
             "seed": spec.seed,
-            "status": record["status"] if record else "missing",
+            "status": record.get("status", "missing"),
             "lr": spec.learning_rate,
+            "batch": arm.batch,
+            "tokens": trace["tokens"][-1] if trace else math.nan,
+            "seconds": trace["seconds"][-1] if trace and alone else math.nan,
+            "steps": metrics.get("optimizer_steps", math.nan),
+            "per_token": metrics.get("eval_loss_per_token", math.nan),
+            "per_example": metrics.get("eval_loss_per_example", math.nan),
+            "exact_match": metrics.get("exact_match", math.nan),
         }
-        row["batch"] = f"({spec.batch_size}, {spec.max_tokens}, {spec.gradient_accumulation})"
-        metrics, trace = (record or {}).get("metrics") or {}, (record or {}).get("trace") or {}
-        row |= {name: trace[name][-1] if trace else math.nan for name in ("tokens", "seconds")}
-        row["seconds"] = row["seconds"] if record and _alone(record) else math.nan
-        rows.append(row | {name: metrics.get(key, math.nan) for name, key in keys.items()})
+        rows.append(arm.names | row)
     return pd.DataFrame(rows)
 
 
-def _alone(record: Mapping[str, Any]) -> bool:
-    """Whether the run had the device to itself, so that its times mean something."""
-    return record["environment"].get("concurrent_runs", 1) == 1
+def overview(found: pd.DataFrame) -> pd.DataFrame:
+    """Of `results`: what an arm's steps are, means over seeds, and how many of its runs have a result."""
+    rows = {}
+    for place, runs in found.groupby(["corpus", "arm"], sort=False):
+        means = {name: runs[name].mean() for name in ("steps", "tokens", "seconds")}
+        measured = f"{(runs['status'] == 'ok').sum()} of {len(runs)}"
+        rows[place] = {"batch": runs["batch"].iloc[0], **means, "measured": measured}
+    return pd.DataFrame(rows).T.rename_axis(["corpus", "arm"])
 
 
 def traces(folder: Path, planned: Sequence[Arm], *, validation: bool = False) -> pd.DataFrame:
-    """Per optimiser step, or per evaluation: `corpus, arm, strategy, run_id, step, tokens, seconds, loss` (and `grad_norm` per step).
+    """Per optimiser step, or per evaluation: `Arm.names, seed, step, tokens, seconds, loss` (and `grad_norm` per step).
 
     `seconds` is NaN where several runs shared the device.
     """
     frames = []
     for arm in planned:
-        record = records.read_record(folder, arm.spec.run_id)
+        record = experiment.find(arm.spec, folder)
         if not (record and record["trace"]):
             continue
         evaluations = record["trace"].pop("evaluations")
         trace = pd.DataFrame(record["trace"])
         if validation:
-            seen = {
-                e["step"]: e["eval_loss_per_token"] for e in [*evaluations, {"step": len(trace)} | record["metrics"]]
-            }
-            trace = trace.assign(loss=trace["step"].map(seen)).dropna(subset="loss")
-        if not _alone(record):
+            losses = {seen["step"]: seen["eval_loss_per_token"] for seen in evaluations}
+            losses[len(trace)] = record["metrics"]["eval_loss_per_token"]
+            trace = trace.assign(loss=trace["step"].map(losses)).dropna(subset="loss")
+        if not records.had_device_alone(record):
             trace["seconds"] = math.nan
-        frames.append(trace.assign(**arm.names))
-    return (
-        pd.concat(frames, ignore_index=True)
-        if frames
-        else pd.DataFrame(columns=["corpus", "arm", "strategy", "variant", "run_id", "loss"])
-    )
+        frames.append(trace.assign(**arm.names, seed=arm.spec.seed))
+    if not frames:
+        return pd.DataFrame(columns=["corpus", "arm", "strategy", "variant", "spec_id", "seed", "step", "loss"])
+    return pd.concat(frames, ignore_index=True)
+
+
+def parity(steps: pd.DataFrame) -> dict[str, float]:
+    """Largest difference of a step's training loss between padding and MiniBatchPacking, by corpus, in nats.
+
+    steps: `traces`. Corpora without one of the two are absent.
+    """
+    gaps = {}
+    for corpus, runs in steps[steps["strategy"].isin(PAIR)].groupby("corpus", sort=False):
+        wide = runs.pivot_table(index=["seed", "step"], columns="strategy", values="loss")
+        if set(PAIR) <= set(wide):
+            gaps[corpus] = float((wide["minibatch_packing"] - wide["padding"]).abs().max())
+    return gaps
 
 
 def differences(found: pd.DataFrame, base: str = "Padding", value: str = "per_token") -> pd.DataFrame:
-    """`tables.paired_differences` of the measured arms of one corpus to the arm `base`, with `standard_errors`: the difference in those units."""
-    table = tables.paired_differences(found[found["status"] == "ok"].dropna(subset=value), value, base=base, arm="arm")
-    if len(table):
-        table["standard_errors"] = table["difference"] / (
-            (table["high"] - table["low"]) / 2 / table["n"].map(tables.t95)
-        )
-    return table
+    """`tables.paired_differences` of the measured arms of one corpus to the arm `base`."""
+    measured = found[found["status"] == "ok"].dropna(subset=value)
+    return tables.paired_differences(measured, value, base=base, arm="arm")
 
 
-def _name(strategy: str, variant: str = "") -> str:
-    return Arm(strategy, variant, None).label
+class Cause(NamedTuple):
+    """A pair of arms (strategy, variant) that differ in one thing, and what to do about it."""
+
+    label: str
+    changed: tuple[str, str]
+    base: tuple[str, str]
+    advice: tuple[str, str]  # where the difference is a cost, and where it is none
 
 
-CAUSES = [  # what the pair isolates, arm, arm it is held against, what to do where the difference is a cost, and where it is none
-    (
-        "Flattening the same mini-batches",
-        _name("minibatch_packing"),
-        _name("padding"),
-        "find the bug first",
-        "use it instead of padding",
-    ),
-    (
-        "Contamination, at equal steps and tokens",
-        _name(FIXED, STEPS),
-        _name(POSID, STEPS),
-        "always pass boundaries",
-        "boundaries are free",
-    ),
-    (
-        "Broken examples, at equal steps",
-        _name(POSID, STEPS),
-        _name("padding"),
-        "pack whole examples",
-        "examples may be cut here",
-    ),
-    (
-        "Fewer steps, fixed length",
-        _name(POSID, EPOCHS),
-        _name(POSID, STEPS),
-        "put fewer rows into a step",
-        "there were steps to spare here",
-    ),
-    (
-        "Fewer steps, multipack",
-        _name(MULTIPACK, EPOCHS),
-        _name(MULTIPACK, STEPS),
-        "put fewer rows into a step",
-        "there were steps to spare here",
-    ),
-    (
-        "Packing whole examples, equal steps",
-        _name(MULTIPACK, STEPS),
-        _name("padding"),
-        "this much remains of packing itself",
-        "pack them",
-    ),
-    (
-        "Packing whole examples, constant examples",
-        _name(MULTIPACK, EXAMPLES),
-        _name("padding"),
-        "this much remains of packing itself",
-        "pack them",
-    ),
+PADDING = ("padding", "")
+TOO_FEW = ("put fewer rows into a step", "there were steps to spare here")
+REMAINS = ("this much remains of packing itself", "pack them")
+LEAKS = ("always pass boundaries", "boundaries are free")
+BROKEN = ("pack whole examples", "examples may be cut here")
+SAME = ("find the bug first", "use it instead of padding")
+CAUSES = [
+    Cause("Flattening the same mini-batches", ("minibatch_packing", ""), PADDING, SAME),
+    Cause("Contamination, at equal steps and tokens", (FIXED, STEPS), (POSID, STEPS), LEAKS),
+    Cause("Broken examples, at equal steps", (POSID, STEPS), PADDING, BROKEN),
+    Cause("Fewer steps, fixed length", (POSID, EPOCHS), (POSID, STEPS), TOO_FEW),
+    Cause("Fewer steps, multipack", (MULTIPACK, EPOCHS), (MULTIPACK, STEPS), TOO_FEW),
+    Cause("Packing whole examples, equal steps", (MULTIPACK, STEPS), PADDING, REMAINS),
+    Cause("Packing whole examples, constant examples", (MULTIPACK, EXAMPLES), PADDING, REMAINS),
 ]
-NEGLIGIBLE = 1e-3  # nats: rounding alone stays below
 
 
 def causes(found: pd.DataFrame) -> pd.DataFrame:
-    """What each change costs by itself: the measured pairs of `CAUSES` as `differences` gives them, and `advice`, a sentence in plain words."""
+    """What each change costs by itself on one corpus: the measured pairs of CAUSES as `differences` gives them.
+
+    `advice` is a sentence in plain words.
+    """
     rows = []
-    for label, changed, base, cost, free in CAUSES:
+    for cause in CAUSES:
+        changed, base = arm_label(*cause.changed), arm_label(*cause.base)
         for row in differences(found[found["arm"].isin([changed, base])], base).to_dict("records"):
-            costs = row["low"] > 0 and row["difference"] > NEGLIGIBLE
-            effect = "a cost" if costs else "a gain" if row["high"] < -NEGLIGIBLE else "no difference that shows"
-            said = (
-                f"{effect}, {tell(row)}; {cost if costs else free}."
-                if row["n"] > 1
-                else f"{tell(row)}; measure more seeds."
-            )
-            rows.append(row | {"label": label, "advice": f"{label}: {said}"})
+            rows.append(row | {"label": cause.label, "advice": f"{cause.label}: {_advice(cause, row)}"})
     return pd.DataFrame(rows)
+
+
+def _advice(cause: Cause, row: Mapping[str, Any]) -> str:
+    if row["n"] < 2:
+        return f"{tell(row)}; measure more seeds."
+    if_cost, if_none = cause.advice
+    if row["low"] > 0 and row["difference"] > NEGLIGIBLE:
+        return f"a cost, {tell(row)}; {if_cost}."
+    effect = "a gain" if row["high"] < -NEGLIGIBLE else "no difference that shows"
+    return f"{effect}, {tell(row)}; {if_none}."
 
 
 def tell(row: Mapping[str, Any]) -> str:
     """A row of `differences` in words: nats, 95 % interval, standard errors, number of seeds."""
-    interval = f"95 % interval {row['low']:+z.4f} to {row['high']:+z.4f}, {abs(row['standard_errors']):.1f} standard errors, {row['n']} seeds"
-    return f"{row['difference']:+z.4f} nats ({interval if row['n'] > 1 else 'one seed, no interval'})"
+    interval = "one seed, no interval"
+    if row["n"] > 1:
+        interval = f"95 % interval {row['low']:+z.4f} to {row['high']:+z.4f}, "
+        interval += f"{abs(row['standard_errors']):.1f} standard errors, {row['n']} seeds"
+    return f"{row['difference']:+z.4f} nats ({interval})"
 
 
 def table_4(found: pd.DataFrame) -> pd.DataFrame:
-    """The paper's Table 4 and ours: `label, strategy, source, batch, steps, loss, low, high` (ours), `difference` (to the source's own padding)."""
+    """The paper's Table 4 and ours, on one corpus.
+
+    Columns `label, strategy, source, batch, steps, loss`, `low, high` (95 % interval of our loss over seeds),
+    `difference` (to the source's own padding).
+    """
     known, rows, ok = paper.table_4(), [], found[found["status"] == "ok"]
-    gaps = differences(found)
-    gaps = {"Padding": 0.0} | (gaps.set_index("label")["difference"].to_dict() if len(gaps) else {})
-    for row in known.itertuples():
-        label = _name(
-            row.strategy, "" if row.strategy == "padding" else EPOCHS if row.gradient_accumulation == 32 else STEPS
-        )
-        paper_row = {
-            "batch": f"(2, 4096, {row.gradient_accumulation})",
-            "steps": row.optimizer_steps,
-            "loss": row.eval_loss_per_token,
-        }
-        paper_row["difference"] = (
-            row.eval_loss_per_token - known["eval_loss_per_token"].iloc[0]
-        )  # padding is its first row
-        rows.append({"label": label, "strategy": row.strategy, "source": "paper"} | paper_row)
-        if len(ours := ok[ok["arm"] == label]):
-            mean, low, high = tables.mean_interval(ours["per_token"].to_numpy())
-            ours_row = {
-                "batch": ours["batch"].iloc[0],
-                "steps": int(ours["steps"].iloc[0]),
-                "loss": mean,
-                "low": low,
-                "high": high,
-            }
-            rows.append(
-                {"label": label, "strategy": row.strategy, "source": "ours"}
-                | ours_row
-                | {"difference": gaps.get(label, math.nan)}
-            )
+    gaps = {arm_label("padding"): 0.0}
+    gaps |= {row["label"]: row["difference"] for row in differences(found).to_dict("records")}
+    padding = known.loc[known["strategy"] == "padding", "eval_loss_per_token"].iloc[0]
+    for row in known.to_dict("records"):
+        name = {"label": _paper_label(row), "strategy": row["strategy"]}
+        loss, steps = row["eval_loss_per_token"], row["optimizer_steps"]
+        theirs = {"batch": f"(2, 4096, {row['gradient_accumulation']})", "steps": steps, "loss": loss}
+        rows.append(name | {"source": "paper"} | theirs | {"difference": loss - padding})
+        runs = ok[ok["arm"] == name["label"]]
+        if len(runs):
+            mean = tables.mean_interval(runs["per_token"])
+            ours = {"batch": runs["batch"].iloc[0], "steps": int(runs["steps"].iloc[0])}
+            ours |= {"loss": mean.mean, "low": mean.low, "high": mean.high}
+            rows.append(name | {"source": "ours"} | ours | {"difference": gaps.get(name["label"], math.nan)})
     return pd.DataFrame(rows)
 
 
-def arm_curves(curves: pd.DataFrame, xs: Mapping[str, str], y: str, title: str, ylabel: str) -> Figure:
-    """`y` against every column of xs ({column: axis label}), a line an arm: its mean over runs, their range shaded. The strategy gives the colour
-    and the variant the dashes; where all arms are of one strategy, the variant gives both."""
-    figure, axes = figures.new(5.2 * len(xs) + 4, 4.6, title, len(xs), sharey=True)
+def _paper_label(row: Mapping[str, Any]) -> str:
+    """The arm of a row of the paper's Table 4: it shares padding's accumulation of 32, or the number of its steps."""
+    if row["strategy"] == "padding":
+        return arm_label("padding")
+    return arm_label(row["strategy"], EPOCHS if row["gradient_accumulation"] == 32 else STEPS)
+
+
+def paper_arms() -> list[str]:
+    """The arms of the paper's Table 4, as ours are written."""
+    return [_paper_label(row) for row in paper.table_4().to_dict("records")]
+
+
+def sides(table: pd.DataFrame, who: str = "source") -> pd.DataFrame:
+    """`table_4` as it is read: a row an arm, and under each of the column `who` batch, steps, loss and difference."""
+    values = ["batch", "steps", "loss", "difference"]
+    wide = table.drop_duplicates(["label", who]).pivot(index="label", columns=who, values=values).swaplevel(axis=1)
+    wide = wide.reindex(table["label"].unique())
+    wide = wide.reindex(columns=pd.MultiIndex.from_product([table[who].unique(), values], names=[None, None]))
+    return wide.map(_cell)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str) or pd.isna(value):
+        return value if isinstance(value, str) else ""
+    return f"{value:.0f}" if value == int(value) and value > 1 else f"{value:.3f}"
+
+
+def every_arm(found: pd.DataFrame) -> pd.DataFrame:
+    """Every arm of one corpus against padding, per token and per example: `differences` with the average in `label`."""
+    rows = []
+    for name, value in AVERAGES.items():
+        table = differences(found, value=value)
+        if len(table):
+            rows.append(table.assign(label=table["label"] + f", {name}"))
+    return pd.concat(rows).sort_index(kind="stable") if rows else pd.DataFrame()
+
+
+def atoms_table(found: pd.DataFrame) -> pd.DataFrame:
+    """The arms of `results` that shuffle atoms, `size` their size."""
+    atoms = found[found["variant"].str.startswith("atoms of ") & (found["status"] == "ok")]
+    return atoms.assign(size=atoms["variant"].str.removeprefix("atoms of "))
+
+
+def exact_matches(found: pd.DataFrame) -> pd.DataFrame:
+    """Share of answers that come out right, with its 95 % interval over seeds, where answers were generated."""
+    answered = found.dropna(subset="exact_match")
+    rows = {}
+    for place, runs in answered.groupby(["corpus", "arm"], sort=False):
+        mean = tables.mean_interval(runs["exact_match"])
+        rows[place] = {"mean": mean.mean, "low": mean.low, "high": mean.high}
+    return pd.DataFrame(rows).T
+
+
+# Figures, one a corpus
+
+
+def by_corpus(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """A table's rows by their corpus, in the order of the table."""
+    return dict(list(table.groupby("corpus", sort=False)))
+
+
+def arm_curves(curves: pd.DataFrame, xs: Mapping[str, str], y: str, title: str, ylabel: str, alt: str) -> Picture:
+    """`y` against every column of xs ({column: axis label}), a line an arm: its mean over runs, their range shaded.
+
+    The strategy gives the colour and the variant the dashes; where all arms are of one strategy, the variant gives both
+    colour and marker.
+    """
+    figure, axes = figures.new(5.2 * len(xs) + 4, 4.6, alt, len(xs), sharey=True)
     variants, one = list(dict.fromkeys(curves["variant"])), curves["strategy"].nunique() == 1
     dashes = {"": "-", STEPS: "-", EPOCHS: "--", EXAMPLES: ":"}
+    shades = sns.color_palette("viridis", len(variants))
     for arm, runs in curves.groupby("arm", sort=False):
         (color, _, marker), variant = figures.style(runs["strategy"].iloc[0]), runs["variant"].iloc[0]
         if one:
-            color, marker = (
-                sns.color_palette("viridis", len(variants))[variants.index(variant)],
-                "osD^vP"[variants.index(variant) % 6],
-            )
-        for ax, (x, xlabel) in zip(axes, xs.items()):
-            by_step = runs.groupby("step")
-            line, low, high = by_step[x].mean(), by_step[y].min(), by_step[y].max()
-            look = {
-                "color": color,
-                "marker": marker,
-                "linestyle": dashes.get(variant, "-."),
-                "markevery": max(1, len(line) // 8),
-            }
-            ax.plot(line, by_step[y].mean(), markersize=6, label=arm, **look)
-            ax.fill_between(line, low, high, color=color, alpha=0.12, linewidth=0)
+            i = variants.index(variant)
+            color, marker = shades[i], figures.MARKERS[i % len(figures.MARKERS)]
+        line = dashes.get(variant, "-.")
+        by_step = runs.groupby("step")
+        mean, low, high = by_step[y].mean(), by_step[y].min(), by_step[y].max()
+        for ax, (column, xlabel) in zip(axes, xs.items()):
+            x = by_step[column].mean()
+            often = max(1, len(x) // 8)
+            ax.plot(x, mean, color=color, marker=marker, linestyle=line, markevery=often, markersize=6, label=arm)
+            ax.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
             ax.set_xlabel(xlabel)
     axes[0].set_ylabel(ylabel)
     axes[-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")
@@ -331,11 +422,96 @@ def arm_curves(curves: pd.DataFrame, xs: Mapping[str, str], y: str, title: str, 
     return figure
 
 
+def validation_curves(curves: pd.DataFrame, corpus: str) -> Picture:
+    """Validation loss against steps, real tokens and seconds, of the arms that differ in what a step holds."""
+    xs = {"step": "optimiser steps", "tokens": "real tokens", "seconds": "seconds of training"}
+    title, ylabel = f"{corpus}: one set of runs, three stories", "validation loss (nats per token)"
+    alt = f"Validation loss of padding and packed arms on {corpus} against steps, real tokens and seconds"
+    return arm_curves(curves[curves["variant"].isin(SHARES)], xs, "loss", title, ylabel, alt)
+
+
+def gradient_curves(steps: pd.DataFrame, corpus: str) -> Picture:
+    """Gradient norms, as means of five steps, of the arms that differ in what a step holds (`traces`)."""
+    steps = steps[steps["variant"].isin(SHARES)]
+    smooth = steps.groupby("spec_id")["grad_norm"].rolling(5, min_periods=1).mean().droplevel(0)
+    alt, ylabel = (
+        f"Gradient norm against optimiser steps on {corpus}, one line an arm",
+        "gradient norm (mean of 5 steps)",
+    )
+    xs = {"step": "optimiser steps"}
+    figure = arm_curves(steps.assign(grad_norm=smooth), xs, "grad_norm", f"{corpus}: gradient norms", ylabel, alt)
+    figure.axes[0].set_yscale("log")
+    return figure
+
+
+def atom_curves(curves: pd.DataFrame, corpus: str) -> Picture:
+    """Perplexity against tokens for each size of the atoms."""
+    curves = curves.assign(arm=curves["variant"], perplexity=np.exp(curves["loss"].astype(float)))
+    alt = f"Perplexity against tokens on {corpus} for atoms of a quarter to two rows"
+    xs = {"tokens": "real tokens"}
+    return arm_curves(curves, xs, "perplexity", f"{corpus}: size of the atoms", "perplexity", alt)
+
+
+def table_4_bars(table: pd.DataFrame, corpus: str) -> Picture:
+    """`table_4` as bars: each arm's validation loss above padding's, the paper's and ours."""
+    title, xlabel = (
+        f"{corpus}: validation loss above padding's, paper and here",
+        "validation loss above padding's (nats)",
+    )
+    figure = figures.beside_paper(table, "difference", title, xlabel)
+    figure.alt = f"Validation loss above padding of the arms of the paper's Table 4: paper and {corpus}"
+    return figure
+
+
+def cause_forest(table: pd.DataFrame, corpus: str) -> Picture:
+    """`causes` as intervals."""
+    figure = figures.forest(table, f"{corpus}: each change by itself", "difference of validation loss")
+    figure.alt = f"Differences of validation loss between pairs of arms on {corpus}, with 95 % intervals"
+    return figure
+
+
+def arm_forest(table: pd.DataFrame, corpus: str) -> Picture:
+    """`every_arm` as intervals."""
+    figure = figures.forest(table, f"{corpus}: every arm against padding", "validation loss minus padding's")
+    figure.alt = f"Difference of every arm's validation loss to padding's on {corpus}, per token and per example"
+    return figure
+
+
+# Findings
+
+
 def best_rate(found: pd.DataFrame) -> str | None:
     """Which learning rate serves multipack's fewer steps best, in a sentence; None where they were not measured."""
     loss = found[(found["strategy"] == MULTIPACK) & (found["status"] == "ok")].groupby("variant")["per_token"].mean()
-    few = loss[loss.index.str.contains(EPOCHS)]
+    few = loss[loss.index.str.startswith(EPOCHS)]
     if len(few) < 2 or not {EPOCHS, STEPS} <= set(loss.index):
         return None
     won = (few[EPOCHS] - few.min()) / (few[EPOCHS] - loss[STEPS])
-    return f"With fewer steps, “{few.idxmin()}” is the best learning rate tried: it wins back {won:.0%} of what fewer steps cost multipack."
+    said = f"With fewer steps, “{few.idxmin()}” is the best learning rate tried: "
+    return f"{said}it wins back {won:.0%} of what fewer steps cost multipack."
+
+
+def best_atoms(found: pd.DataFrame, corpus: str) -> str:
+    """Which size of atoms is best on a corpus, and how the others differ from one row (`atoms_table`)."""
+    loss = found.groupby("size")["per_token"].mean()
+    row = arm_label(FIXED, "atoms of 1 row")
+    told = [
+        f"{other['label'].split('atoms of ')[1]} {tell(other)}" for other in differences(found, row).to_dict("records")
+    ]
+    best = f"{corpus}: atoms of {loss.idxmin()} give the lowest loss ({loss.min():.4f} nats)"
+    return f"{best}; against 1 row: {'; '.join(told)}."
+
+
+def findings(found: pd.DataFrame, gaps: Mapping[str, float]) -> list[str]:
+    """Sentences of notebook 07, every number computed. found: `results`. gaps: `parity`."""
+    groups = by_corpus(found)
+    said = [f"{corpus}: {advice}" for corpus, runs in groups.items() for advice in causes(runs).get("advice", [])]
+    rates = {corpus: best_rate(runs) for corpus, runs in groups.items()}
+    said += [f"{corpus}: {rate}" for corpus, rate in rates.items() if rate]
+    agree = "every step's training loss of padding and MiniBatchPacking agrees to"
+    said += [f"{corpus}: {agree} {gap:.1e} nats." for corpus, gap in gaps.items()]
+    said += [f"Atoms, {best_atoms(runs, corpus)}" for corpus, runs in by_corpus(atoms_table(found)).items()]
+    missing = int((found["status"] != "ok").sum())
+    if missing:
+        said.append(f"{missing} of {len(found)} planned runs have no result in this folder.")
+    return said

@@ -1,11 +1,13 @@
-"""Which model leaks on which attention in which situation: a matrix that anyone can run again with their version of transformers.
+"""Which model leaks on which attention in which situation: what notebook 04 shows, and the matrix behind it.
 
-`python -m packlib matrix` writes `papermill_runs/isolation/transformers-<version>.json`; the heat map is drawn from it.
-Every cell is one `check_isolation` of a small model built from its config. Each is judged in float64 too, where rounding is nine orders
-of magnitude below a leak: a verdict in float32 or bfloat16 that differs from it is a false alarm or a miss, and is counted.
+`python -m packlib matrix` writes `papermill_runs/isolation/transformers-<version>.json`, for anyone to run again with
+their version of transformers; the heat map is drawn from it. Every cell is one `check_isolation` of a small model built
+from its config. Each is judged in float64 too, where rounding is nine orders of magnitude below a leak: a verdict in
+float32 or bfloat16 that differs from it is a false alarm or a miss, and is counted.
 """
 
-import json
+from __future__ import annotations
+
 import logging
 import math
 import time
@@ -20,25 +22,28 @@ import pandas as pd
 import torch
 import transformers
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from pandas.io.formats.style import Styler
 
 from packlib.attention import flash_stand_in, register_attention
-from packlib.isolation import IsolationReport, check_isolation
-from packlib.lab import figures
-from packlib.lab.records import environment, project_root, write_json
+from packlib.isolation import EquivalenceReport, IsolationReport, check_equivalence, check_isolation
 from packlib.isolation.probe import packed_batch
+from packlib.lab import figures, records
+from packlib.lab.figures import Picture
 from packlib.lab.small_models import small_model
 
 logger = logging.getLogger(__name__)
 
 MODELS = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_neo", "gptj", "gpt_bigcode", "gpt_oss",
-    "phi", "phi3", "granite", "olmo2", "starcoder2", "smollm3", "stablelm", "persimmon", "cohere", "cohere2", "llama4_text", "mixtral",
-    "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "opt", "biogpt", "falcon", "bloom", "mpt", "mamba", "mamba2", "falcon_mamba",
-    "rwkv", "jamba", "bamba", "falcon_h1", "recurrent_gemma", "granitemoehybrid", "lfm2", "qwen3_next", "olmo_hybrid", "minimax",
-    "bert", "roberta", "electra", "modernbert",
-)  # fmt: skip
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+    *("gpt2", "gpt_neox", "gpt_neo", "gptj", "gpt_bigcode", "gpt_oss"),
+    *("phi", "phi3", "granite", "olmo2", "starcoder2", "smollm3", "stablelm", "persimmon", "cohere", "cohere2"),
+    *("llama4_text", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"),
+    *("opt", "biogpt", "falcon", "bloom", "mpt"),
+    *("mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "falcon_h1", "recurrent_gemma", "granitemoehybrid"),
+    *("lfm2", "qwen3_next", "olmo_hybrid", "minimax"),
+    *("bert", "roberta", "electra", "modernbert"),
+)
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "packlib_varlen")
 DTYPES = ("float64", "float32", "bfloat16")
 LENGTHS = (13, 10, 7, 16)  # two rows of 23 tokens; longer than the windows (8) and convolutions (4) of the small models
@@ -50,51 +55,67 @@ VERDICTS = {
     "refused": "#949494",
     "unsupported": "#f2f2f2",
 }
+WEIGHED = (4, 9, 60)  # tokens of the examples whose loss is averaged in two ways
+Examples = Sequence[Sequence[int]]
+Batch = dict[str, Any]
 
 
-def _rows(examples: Sequence[Sequence[int]]) -> dict[str, Any]:
+# Arms: the situations that a packed batch can be in
+
+
+def _position_ids_alone(examples: Examples) -> Batch:
     flat = packed_batch(examples)
     return {name: flat[name] for name in ("input_ids", "position_ids", "use_cache")}
 
 
-def _padded(examples: Sequence[Sequence[int]]) -> dict[str, Any]:
-    batch, tail = _rows(examples), torch.zeros(1, 3, dtype=torch.int64)
-    mask = torch.ones_like(batch["input_ids"])
-    pads = {"input_ids": tail, "position_ids": tail, "attention_mask": tail}
-    return batch | {name: torch.cat([(batch | {"attention_mask": mask})[name], pad], 1) for name, pad in pads.items()}
+def _mask_of_ones(examples: Examples) -> Batch:
+    batch = _position_ids_alone(examples)
+    return batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
 
 
-def _two_rows(examples: Sequence[Sequence[int]]) -> dict[str, Any]:
-    first, second = _rows(examples[:2]), _rows(examples[2:])
+def _mask_with_pads(examples: Examples) -> Batch:
+    batch, pads = _mask_of_ones(examples), torch.zeros(1, 3, dtype=torch.int64)
+    names = ("input_ids", "position_ids", "attention_mask")
+    return batch | {name: torch.cat([batch[name], pads], 1) for name in names}
+
+
+def _two_rows(examples: Examples) -> Batch:
+    first, second = _position_ids_alone(examples[:2]), _position_ids_alone(examples[2:])
     return first | {name: torch.cat([first[name], second[name]]) for name in ("input_ids", "position_ids")}
 
 
-def _without(batch: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in names}
+def _cache_left_on(examples: Examples) -> Batch:
+    return _position_ids_alone(examples) | {"use_cache": True}
+
+
+def _boundaries_alone(examples: Examples) -> Batch:
+    return {name: value for name, value in packed_batch(examples).items() if name not in ("position_ids", "seq_idx")}
 
 
 SITUATIONS = {
     "FlatteningCollator": packed_batch,
-    "position ids alone": _rows,
-    "+ all-ones mask": lambda examples: (
-        (batch := _rows(examples)) | {"attention_mask": torch.ones_like(batch["input_ids"])}
-    ),
-    "+ mask with pads": _padded,
+    "position ids alone": _position_ids_alone,
+    "+ all-ones mask": _mask_of_ones,
+    "+ mask with pads": _mask_with_pads,
     "two packed rows": _two_rows,
-    "cache left on": lambda examples: _without(_rows(examples), "use_cache") | {"use_cache": True},
-    "cu_seqlens, no position ids": lambda examples: _without(packed_batch(examples), "position_ids", "seq_idx"),
+    "cache left on": _cache_left_on,
+    "cu_seqlens, no position ids": _boundaries_alone,
 }
 
 
+# Tables
+
+
 def check_cell(model: str, attention: str, situation: str, dtype: str) -> dict[str, Any]:
-    """One cell: verdict and what it rests on. `unsupported` where transformers does not build or run the model with that attention."""
+    """One cell: verdict and what it rests on.
+
+    `unsupported` where transformers does not build or run the model with that attention.
+    """
     cell: dict[str, Any] = {"model": model, "attention": attention, "situation": situation, "dtype": dtype}
     started = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings(action="ignore"))
-        stack.enter_context(
-            torch.compiler.set_stance("force_eager")
-        )  # compiling FlexAttention for each shape would take minutes
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiling for each shape would take minutes
         if attention == "flash_attention_2":
             stack.enter_context(flash_stand_in())
         try:
@@ -103,13 +124,15 @@ def check_cell(model: str, attention: str, situation: str, dtype: str) -> dict[s
         except Exception as error:  # whatever a model raises that does not know this attention
             cell |= {"verdict": "unsupported", "reason": f"{type(error).__name__}: {error}"[:300]}
         else:
-            off = [x for i, row in enumerate(report.influence) for j, x in enumerate(row) if i != j]
-            cell |= {"verdict": report.verdict, "reason": report.reason, "influence": max(off, default=None)}
+            others = [x for i, row in enumerate(report.influence) for j, x in enumerate(row) if i != j]
+            cell |= {"verdict": report.verdict, "reason": report.reason, "influence": max(others, default=None)}
             cell |= {name: getattr(report, name) for name in ("error", "noise", "scale", "starts_at", "culprit")}
     cell["seconds"] = round(time.perf_counter() - started, 3)
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in cell.items()
-    }
+    return {name: None if _is_infinite(value) else value for name, value in cell.items()}
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def run_matrix(
@@ -118,7 +141,7 @@ def run_matrix(
     situations: Sequence[str] = tuple(SITUATIONS),
     dtypes: Sequence[str] = DTYPES,
 ) -> dict[str, Any]:
-    """Every combination, as a record: `environment`, `cells` (a list of `check_cell`) and their `disagreements` with float64.
+    """Every combination, as a record: `environment`, `cells` (`check_cell`) and their `disagreements` with float64.
 
     About 0.15 s a cell on one core, 0.8 s for FlexAttention.
     """
@@ -127,78 +150,104 @@ def run_matrix(
     transformers.logging.set_verbosity_error()
     cells: list[dict[str, Any]] = []
     for model in models:
-        cells += [check_cell(model, a, s, d) for a in attentions for s in situations for d in dtypes]
-        own = [cell for cell in cells if cell["model"] == model]
-        leaks = sum(cell["verdict"] == "leak" for cell in own)
-        logger.info("%s: %d of %d cells leak, %.1f s", model, leaks, len(own), sum(cell["seconds"] for cell in own))
+        own = [check_cell(model, a, s, d) for a in attentions for s in situations for d in dtypes]
+        leaks, seconds = sum(cell["verdict"] == "leak" for cell in own), sum(cell["seconds"] for cell in own)
+        logger.info("%s: %d of %d cells leak, %.1f s", model, leaks, len(own), seconds)
+        cells += own
     transformers.logging.set_verbosity(verbosity)
-    return {"environment": environment(), "lengths": LENGTHS, "cells": cells, "disagreements": disagreements(cells)}
+    found = {"cells": cells, "disagreements": disagreements(cells)}
+    return {"environment": records.environment(), "lengths": LENGTHS} | found
 
 
 def disagreements(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Cells that leak while the same cell in float64 does not, or the other way round: false alarms and misses."""
-    leaks = {
-        tuple(c[key] for key in ("model", "attention", "situation", "dtype")): c["verdict"] == "leak" for c in cells
-    }
-    return [
-        {"model": m, "attention": a, "situation": s, "dtype": d, "kind": "false alarm" if leak else "miss"}
-        for (m, a, s, d), leak in leaks.items()
-        if leak != leaks.get((m, a, s, "float64"), leak)
-    ]
+    keys = ("model", "attention", "situation", "dtype")
+    leaks = {tuple(cell[key] for key in keys): cell["verdict"] == "leak" for cell in cells}
+    found = []
+    for (*place, dtype), leak in leaks.items():
+        if leak != leaks.get((*place, "float64"), leak):
+            kind = "false alarm" if leak else "miss"
+            found.append(dict(zip(keys, (*place, dtype))) | {"kind": kind})
+    return found
 
 
 def look(
     models: Sequence[str], attentions: Sequence[str], situations: Sequence[str], dtype: str = "float32"
 ) -> pd.DataFrame:
-    """A few cells as a table, for a page: one row each, with what an edit moves in another example and where that starts."""
+    """A few cells as a table, for a page: one row each, with what an edit moves in another example and where."""
     cells = run_matrix(models, attentions, situations, [dtype])["cells"]
-    frame = pd.DataFrame(cells).reindex(
-        columns=["model", "attention", "situation", "verdict", "influence", "starts_at", "reason"]
-    )
-    return frame.astype({"influence": float})
+    columns = ["model", "attention", "situation", "verdict", "influence", "starts_at", "reason"]
+    return pd.DataFrame(cells).reindex(columns=columns).astype({"influence": float})
 
 
-def styled(frame: pd.DataFrame) -> Any:
+def styled(frame: pd.DataFrame) -> Styler:
     """`look`'s table with its verdicts in the colours of the heat map."""
-    style = (
-        frame.drop(columns="reason")
-        .rename(columns={"influence": "an edit moves others by", "starts_at": "starts at"})
-        .style.hide()
-    )
-    style = style.map(
-        lambda v: f"background-color: {VERDICTS[v]}; color: {'white' if v in ('exact', 'leak') else 'black'}",
-        subset=["verdict"],
-    )
-    return style.format(na_rep="", precision=2)
+    names = {"influence": "an edit moves others by", "starts_at": "starts at"}
+    shown = frame.drop(columns="reason").rename(columns=names).style.hide()
+    return shown.map(_verdict_css, subset=["verdict"]).format(na_rep="", precision=2)
+
+
+def _verdict_css(verdict: str) -> str:
+    return f"background-color: {VERDICTS[verdict]}; color: {'white' if verdict in ('exact', 'leak') else 'black'}"
+
+
+def matrix_folder() -> Path:
+    """Where the published matrices lie."""
+    return records.runs_folder() / "isolation"
 
 
 def published(folder: Path | None = None) -> dict[str, Any]:
-    """The newest record of the whole matrix under `papermill_runs/isolation`. Raises FileNotFoundError where there is none."""
-    folder = folder or project_root() / "papermill_runs" / "isolation"
-    found = [json.loads(path.read_text()) for path in folder.glob("transformers-*.json")]
+    """The newest record of the whole matrix, by default of the published ones; `FileNotFoundError` without one."""
+    found = [records.read_json(path) for path in (folder or matrix_folder()).glob("transformers-*.json")]
     if not found:
         raise FileNotFoundError("no published matrix; make one with: python -m packlib matrix")
     return max(found, key=lambda record: record["environment"]["created"])
 
 
-def influence_pictures(reports: Sequence[IsolationReport], titles: Sequence[str]) -> Figure:
+def judged(record: Mapping[str, Any], dtype: str) -> pd.DataFrame:
+    """The cells of a matrix in one dtype, one row each."""
+    cells = pd.DataFrame(record["cells"])
+    return cells[cells["dtype"] == dtype]
+
+
+def weighed_examples(seed: int = 0) -> list[dict[str, list[int]]]:
+    """Three examples of very different lengths, random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(4, 250, (n,), generator=generator).tolist()} for n in WEIGHED]
+
+
+def equivalence(model_type: str, examples: Sequence[Mapping[str, list[int]]]) -> pd.DataFrame:
+    """`check_equivalence` of a small model on sdpa: packed against one at a time, a row a weighting of the loss."""
+    reports: list[EquivalenceReport] = check_equivalence(small_model(model_type), examples, kernel="sdpa")
+    return pd.DataFrame(reports)
+
+
+def weightings(model_type: str, examples: Sequence[Mapping[str, list[int]]]) -> pd.DataFrame:
+    """Each example's loss, and how much a token of it weighs in either average of the loss."""
+    rows = []
+    tokens = [len(example["input_ids"]) - 1 for example in examples]
+    for i, example in enumerate(examples):
+        (report, *_) = check_equivalence(small_model(model_type), [example], kernel="sdpa")
+        row = {"example": chr(65 + i), "loss tokens": tokens[i], "loss": report.loss_alone}
+        weights = {"weight per token": tokens[i] / sum(tokens), "weight per example": 1 / len(examples)}
+        rows.append(row | weights)
+    return pd.DataFrame(rows)
+
+
+# Figures
+
+
+def influence_pictures(reports: Sequence[IsolationReport]) -> Picture:
     """One square per report: how far editing the example of a column moves the logits of the example of a row."""
-    alt = "; ".join(f"{t}: {r.verdict}" for t, r in zip(titles, reports))
-    figure, axes = figures.new(4.6 * len(reports), 4.4, alt, len(reports))
+    titles = [f"{report.model}, {report.attention}: {report.verdict}" for report in reports]
+    figure, axes = figures.new(4.6 * len(reports), 4.4, "; ".join(titles), len(reports))
     for ax, report, title in zip(axes, reports, titles):
         grid, names = np.array(report.influence), [chr(65 + i) for i in range(len(report.lengths))]
         ax.imshow(grid > 0, cmap=ListedColormap(["white", VERDICTS["leak"]]), vmin=0, vmax=1)
         ax.imshow(np.where(np.eye(len(grid), dtype=bool), 1, np.nan), cmap=ListedColormap([VERDICTS["exact"]]))
         for (i, j), value in np.ndenumerate(grid):
-            ax.text(
-                j,
-                i,
-                f"{value:.2g}",
-                ha="center",
-                va="center",
-                fontsize=11,
-                color="white" if i == j or value > 0 else "black",
-            )
+            color = "white" if i == j or value > 0 else "black"
+            ax.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=11, color=color)
         ax.set_xticks(range(len(names)), names)
         ax.set_yticks(range(len(names)), names)
         ax.set(title=title, xlabel="example that is edited", ylabel="example that is watched")
@@ -206,53 +255,70 @@ def influence_pictures(reports: Sequence[IsolationReport], titles: Sequence[str]
     return figure
 
 
-def heat_map(record: Mapping[str, Any], dtype: str = "float32") -> Figure:
+def heat_map(record: Mapping[str, Any], dtype: str = "float32") -> Picture:
     """Model types down, attention and situation across, one colour per verdict; leaks carry a cross as well."""
-    cells = [c for c in record["cells"] if c["dtype"] == dtype]
-    models, attentions, situations = (
-        list(dict.fromkeys(c[key] for c in cells)) for key in ("model", "attention", "situation")
-    )
-    grid = np.full((len(models), len(attentions) * len(situations)), np.nan)
-    for c in cells:
-        column = attentions.index(c["attention"]) * len(situations) + situations.index(c["situation"])
-        grid[models.index(c["model"]), column] = list(VERDICTS).index(c["verdict"])
-    figure, (axes,) = figures.new(1.8 + 0.36 * grid.shape[1], 3.6 + 0.24 * len(models), "", layout="constrained")
-    axes.imshow(grid, cmap=ListedColormap(list(VERDICTS.values())), vmin=-0.5, vmax=len(VERDICTS) - 0.5, aspect="auto")
-    leaks = list(VERDICTS).index("leak")
-    axes.scatter(*np.argwhere(grid == leaks).T[::-1], marker="x", s=22, color="black", linewidths=1.1)
-    axes.set_xticks(range(grid.shape[1]), situations * len(attentions), rotation=90, fontsize=10)
-    axes.set_yticks(range(len(models)), models, fontsize=10)
-    axes.set_xticks(np.arange(-0.5, grid.shape[1]), minor=True)
-    axes.set_yticks(np.arange(-0.5, len(models)), minor=True)
-    axes.grid(visible=False, which="major")
-    axes.grid(which="minor", color="white", linewidth=1)
-    axes.tick_params(which="both", length=0)
+    cells, version = judged(record, dtype), record["environment"]["transformers"]
+    models, attentions, situations = (list(cells[key].unique()) for key in ("model", "attention", "situation"))
+    verdicts = cells.set_index(["model", "attention", "situation"])["verdict"].map(list(VERDICTS).index)
+    wide = verdicts.unstack(["attention", "situation"]).reindex(models)
+    grid = wide.reindex(columns=pd.MultiIndex.from_product([attentions, situations])).to_numpy(float)
+    leaks = grid == list(VERDICTS).index("leak")
+    by_attention = cells[cells["verdict"] == "leak"].groupby("attention").size()
+    told = ", ".join(f"{attention} {by_attention.get(attention, 0)}" for attention in attentions)
+    alt = f"Heat map of isolation verdicts for {len(models)} model types with transformers {version}. "
+    figure, (ax,) = figures.new(1.8 + 0.36 * grid.shape[1], 3.6 + 0.24 * len(models), f"{alt}Leaking cells: {told}.")
+    ax.imshow(grid, cmap=ListedColormap(list(VERDICTS.values())), vmin=-0.5, vmax=len(VERDICTS) - 0.5, aspect="auto")
+    down, across = np.nonzero(leaks)
+    ax.scatter(across, down, marker="x", s=22, color="black", linewidths=1.1)
+    ax.set_xticks(range(grid.shape[1]), situations * len(attentions), rotation=90, fontsize=10)
+    ax.set_yticks(range(len(models)), models, fontsize=10)
+    ax.set_xticks(np.arange(-0.5, grid.shape[1]), minor=True)
+    ax.set_yticks(np.arange(-0.5, len(models)), minor=True)
+    ax.grid(visible=False, which="major")
+    ax.grid(which="minor", color="white", linewidth=1)
+    ax.tick_params(which="both", length=0)
     for k, attention in enumerate(attentions):
-        axes.text(
-            (k + 0.5) * len(situations) - 0.5, -0.8, attention, ha="center", va="bottom", fontsize=11, weight="bold"
-        )
-        axes.axvline(k * len(situations) - 0.5, color="black", linewidth=2)
-    shares = ", ".join(f"{a} {sum(c['verdict'] == 'leak' for c in cells if c['attention'] == a)}" for a in attentions)
-    version = record["environment"]["transformers"]
-    axes.set_title(
-        f"transformers {version}, {dtype}: packed examples see each other in {int((grid == leaks).sum())} of {len(cells)} cells",
-        pad=26,
-    )
+        middle = (k + 0.5) * len(situations) - 0.5
+        ax.text(middle, -0.8, attention, ha="center", va="bottom", fontsize=11, weight="bold")
+        ax.axvline(k * len(situations) - 0.5, color="black", linewidth=2)
+    found = f"packed examples see each other in {int(leaks.sum())} of {len(cells)} cells"
+    ax.set_title(f"transformers {version}, {dtype}: {found}", pad=26)
     handles = [
-        Patch(facecolor=color, edgecolor="grey", label=name + (" (×)" if name == "leak" else ""))
+        Patch(facecolor=color, edgecolor="grey", label="leak (×)" if name == "leak" else name)
         for name, color in VERDICTS.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=10, frameon=False)
-    figure.alt = f"Heat map of isolation verdicts for {len(models)} model types with transformers {version}. Leaking cells: {shares}."
     return figure
 
 
 def publish(models: Sequence[str] = MODELS, folder: Path | None = None) -> str:
     """Run the matrix, write its record and figure; returns a line about it."""
-    folder = folder or project_root() / "papermill_runs" / "isolation"
     figures.theme()
     record = run_matrix(models)
-    name = f"transformers-{transformers.__version__}"
-    write_json(folder / f"{name}.json", record)
-    heat_map(record).savefig(folder / f"{name}.png", dpi=figures.DPI)
-    return f"{len(record['cells'])} cells, {len(record['disagreements'])} disagree with float64: {folder / name}.json"
+    path = (folder or matrix_folder()) / f"transformers-{transformers.__version__}.json"
+    records.write_json(path, record)
+    path.with_suffix(".png").write_bytes(figures.png(heat_map(record)))
+    return f"{len(record['cells'])} cells, {len(record['disagreements'])} disagree with float64: {path}"
+
+
+# Findings
+
+
+def findings(record: Mapping[str, Any], dtype: str, equal: pd.DataFrame) -> list[str]:
+    """Sentences of notebook 04, every number computed.
+
+    record: of a matrix, spoken of in one dtype. equal: `equivalence`.
+    """
+    cells = judged(record, dtype)
+    ran = cells[~cells["verdict"].isin(["unsupported", "refused"])]
+    leaks = ran[ran["verdict"] == "leak"]
+    ours = leaks[(leaks["attention"] == "packlib_varlen") & (leaks["situation"] == "FlatteningCollator")]
+    where, attention = "combinations of model, attention and situation that run", sum(ours["culprit"] == "attention")
+    return [
+        f"transformers {record['environment']['transformers']}: {len(leaks)} of {len(ran)} {where} leak.",
+        f"{len(record['disagreements'])} of {len(record['cells'])} verdicts disagree with float64: "
+        f"false alarms and misses.",
+        f"packlib_varlen with FlatteningCollator's batch: {attention} leaks in attention, {len(ours)} in all.",
+        f"Packed against one at a time, the largest relative error of any parameter's gradient is "
+        f"{equal['gradient_error'].max():.1e}.",
+    ]

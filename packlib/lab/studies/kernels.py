@@ -1,42 +1,60 @@
-"""Attention alone, forward and backward, in four ways: the same examples padded, packed with a dense mask, with FlexAttention, with varlen.
+"""Attention alone, forward and backward: the same examples padded, packed with a dense mask, FlexAttention, varlen.
 
-Useful work is the same for all: what causal attention inside each example has to compute, 2 · 2 · H · D multiply-adds for each visible
-pair forward and 2.5 times that backward. What an arm computes beyond it (pads, masked pairs) or waits for (building masks) lowers its
-useful FLOP/s. Masks are built once a batch and used in every layer, so a step is `mask + layers · attention`.
+What notebook 05 times. Useful work is the same for all: what causal attention inside each example has to compute,
+2 · 2 · H · D multiply-adds for each visible pair forward and 2.5 times that backward. What an arm computes beyond it
+(pads, masked pairs) or waits for (building masks) lowers its useful FLOP/s. Masks are built once a batch and used in
+every layer, so a step is `mask + layers · attention`.
 """
+
+from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from packlib import flex
+from packlib.attention import flex
 from packlib.attention.kernels import Call, resolve_kernel, varlen_attention
-from packlib.lab import figures
-from packlib.lab.records import environment, load_records, read_record, run_id, write_record
+from packlib.lab import figures, records
+from packlib.lab.clock import matmul_ceiling
+from packlib.lab.figures import COLORS, Picture
+from packlib.lab.strategies import Look
 
 logger = logging.getLogger(__name__)
 
-# arm: label, place in the palette, marker, hatch
 ARMS = {
-    "padded_sdpa": ("padded, SDPA causal", 7, "o", ""),
-    "dense_mask": ("packed, SDPA with a dense mask", 3, "X", "xx"),
-    "flex": ("packed, FlexAttention", 4, "v", "oo"),
-    "varlen": ("packed, varlen", 0, "D", "//"),
+    "padded_sdpa": ("padded, SDPA causal", Look(7, "", "o")),
+    "dense_mask": ("packed, SDPA with a dense mask", Look(3, "xx", "X")),
+    "flex": ("packed, FlexAttention", Look(4, "oo", "v")),
+    "varlen": ("packed, varlen", Look(0, "//", "D")),
 }
 MIXES = {
     "even": "every example alike",
     "narrow": "word problems: 50 to 150 % of the mean",
     "heavy_tail": "many tasks: log-normal, σ = 1",
 }
+WARM_UPS = 2  # steps that are not timed
+BACKWARD = 2.5  # work of the backward pass over that of the forward pass
+Spec = Mapping[
+    str, Any
+]  # arm, mix, tokens, mean_length, seed, heads, kv_heads, head_dim, layers, repeats, device, kernel
+
+
+# Arms
+
+
+def specs(shared: Spec, mixes: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """Every arm on every mix of lengths and number of tokens in a batch; shared: the other fields of a spec."""
+    return [
+        dict(shared) | {"arm": arm, "mix": mix, "tokens": count} for mix in mixes for count in tokens for arm in ARMS
+    ]
 
 
 def draw_lengths(mix: str, tokens: int, mean: int, seed: int) -> np.ndarray:
@@ -62,15 +80,31 @@ def draw_lengths(mix: str, tokens: int, mean: int, seed: int) -> np.ndarray:
 
 def useful_flops(lengths: np.ndarray, heads: int, head_dim: int) -> float:
     """Forward and backward of one layer of causal attention inside each example."""
-    return 3.5 * 4 * heads * head_dim * float((lengths * (lengths + 1) / 2).sum())
+    return (1 + BACKWARD) * 4 * heads * head_dim * _pairs(lengths)
 
 
-def _arm(spec: dict[str, Any], lengths: np.ndarray) -> tuple[Callable[[], Any], Callable[..., Tensor], tuple[int, ...]]:
-    """How to build the masks of a batch, how to attend with them, and the shape of queries without heads and channels."""
-    arm, device, dtype = spec["arm"], torch.device(spec["device"]), _dtype(spec)
+def _pairs(lengths: np.ndarray) -> float:
+    """Pairs of tokens that causal attention inside each example looks at."""
+    return float((lengths * (lengths + 1) / 2).sum())
+
+
+class Arm(NamedTuple):
+    """How to `build` the masks of a batch, how to `attend(q, k, v, masks)` with them, and the shape of the tokens."""
+
+    build: Callable[[], Any]
+    attend: Callable[..., Tensor]
+    shape: tuple[int, ...]
+
+
+def arm(spec: Spec, lengths: np.ndarray) -> Arm:
+    """The arm of a spec on examples of these lengths; queries are [*shape, heads, head_dim]."""
+    name, device, dtype = spec["arm"], torch.device(spec["device"]), _dtype(spec)
     cu_seqlens = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)).to(device)
     longest, total = int(lengths.max()), int(lengths.sum())
-    kernel = resolve_kernel("flex" if arm == "flex" else spec["kernel"], device, dtype)
+    kernel = resolve_kernel("flex" if name == "flex" else spec["kernel"], device, dtype)
+
+    def no_mask() -> None:
+        """Pads on the right need no mask in causal attention: the kindest baseline."""
 
     def dense_mask() -> Tensor:
         position = torch.arange(total, device=device)
@@ -79,98 +113,122 @@ def _arm(spec: dict[str, Any], lengths: np.ndarray) -> tuple[Callable[[], Any], 
 
     def boundaries() -> Tensor:
         fresh = cu_seqlens.clone()
-        if arm == "flex":
+        if name == "flex":
             flex.document_mask(fresh, flex.bucket(total), Call(fresh, longest).visible, (True, None))
         return fresh
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if (
-            mask is not None
-        ):  # the fast kernels have no grouped queries beside a mask: transformers repeats the heads, too
-            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, fresh: Tensor) -> Tensor:
         return varlen_attention(q, k, v, fresh, longest, kernel=kernel)
 
-    if arm == "padded_sdpa":  # pads on the right need no mask in causal attention: the kindest baseline
-        return lambda: None, sdpa, (len(lengths), longest)
-    return (dense_mask, sdpa, (1, total)) if arm == "dense_mask" else (boundaries, varlen, (total,))
+    if name == "padded_sdpa":
+        return Arm(no_mask, _sdpa, (len(lengths), longest))
+    return Arm(dense_mask, _sdpa, (1, total)) if name == "dense_mask" else Arm(boundaries, varlen, (total,))
 
 
-def _dtype(spec: dict[str, Any]) -> torch.dtype:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:  # the fast kernels have no grouped queries beside a mask: transformers repeats the heads, too
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+
+
+def _dtype(spec: Spec) -> torch.dtype:
     return torch.bfloat16 if spec["device"] == "cuda" else torch.float32
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of one arm: seconds of building masks and of one layer's attention over `repeats` steps, after two warm-ups.
+# Measuring
+
+
+def measure(spec: Spec) -> dict[str, Any]:
+    """Metrics of one arm: seconds of building masks and of one layer's attention over `repeats` steps.
 
     On a CPU FlexAttention has no backward: there its forward is timed alone, and counts as such (`backward` is false).
     """
     lengths = draw_lengths(spec["mix"], spec["tokens"], spec["mean_length"], spec["seed"])
-    build, attend, shape = _arm(spec, lengths)
+    build, attend, shape = arm(spec, lengths)
     backward = (spec["arm"], spec["device"]) != ("flex", "cpu")
-    heads = (spec["heads"], spec["kv_heads"], spec["kv_heads"])
-    made = {"device": spec["device"], "dtype": _dtype(spec), "requires_grad": backward}
-    qkv = [torch.randn(*shape, h, spec["head_dim"], **made) for h in heads]
-    synchronize = torch.cuda.synchronize if spec["device"] == "cuda" else lambda: None
+    device, dtype = torch.device(spec["device"]), _dtype(spec)
+    q, k, v = (
+        torch.randn(*shape, spec[heads], spec["head_dim"], device=device, dtype=dtype, requires_grad=backward)
+        for heads in ("heads", "kv_heads", "kv_heads")
+    )
     marks = []
-    for _ in range(spec["repeats"] + 2):
-        synchronize()
-        marks.append([time.perf_counter()])
+    for _ in range(WARM_UPS + spec["repeats"]):
+        started = _now(device)
         mask = build()
-        synchronize()
-        marks[-1].append(time.perf_counter())
-        out = attend(*qkv, mask)
+        built = _now(device)
+        out = attend(q, k, v, mask)
         if backward:
             out.backward(out.detach())
-        synchronize()
-        marks[-1].append(time.perf_counter())
-    masks, layers = np.diff(marks[2:]).T
+        marks.append((started, built, _now(device)))
+    masks, layers = np.diff(marks[WARM_UPS:]).T
     step = float(np.median(masks) + spec["layers"] * np.median(layers))
-    flops = useful_flops(lengths, spec["heads"], spec["head_dim"]) / (1 if backward else 3.5)
+    flops = useful_flops(lengths, spec["heads"], spec["head_dim"]) / (1 if backward else 1 + BACKWARD)
     return {
-        "examples": len(lengths), "slots": int(np.prod(shape)), "waste": len(lengths) * int(lengths.max()) / int(lengths.sum()),
-        "backward": backward, "mask_seconds": float(np.median(masks)), "mask_share": float(np.median(masks)) / step,
+        "examples": len(lengths),
+        "slots": int(np.prod(shape)),
+        "waste": len(lengths) * int(lengths.max()) / int(lengths.sum()),
+        "backward": backward,
+        "mask_seconds": float(np.median(masks)),
+        "mask_share": float(np.median(masks)) / step,
         "layer_seconds": dict(zip(("p20", "p50", "p80"), np.quantile(layers, (0.2, 0.5, 0.8)).tolist())),
         "useful_flops_per_s": spec["layers"] * flops / step,
-    }  # fmt: skip
+    }
 
 
-def sweep(folder: Path, specs: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """Measure the specs that have no record in `folder`, write a record each, and return the records of all of them as rows.
+def _now(device: torch.device) -> float:
+    """Seconds on a clock when everything that was launched is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    A spec has `arm, mix, tokens, mean_length, seed, heads, kv_heads, head_dim, layers, repeats, device, kernel`.
-    """
-    from packlib.lab.worker import matmul_ceiling
 
-    specs = list(specs)
+def sweep(folder: Path, specs: Iterable[Spec]) -> pd.DataFrame:
+    """Measure the specs that have no record in `folder`, write a record each, and return those of all as rows."""
+    specs = [dict(spec) for spec in specs]
     for i, spec in enumerate(specs):
-        identity = run_id(spec)
-        if read_record(folder, identity) is not None:
-            continue
-        record = {
-            "run_id": identity,
-            "status": "ok",
-            "error": None,
-            "spec": spec,
-            "environment": environment(),
-            "plan": None,
-            "trace": None,
+        if records.read_record(folder, records.run_id(spec)) is None:
+            records.write_record(folder, _measured(spec))
+            logger.info("%d of %d: %s, %s, %d tokens", i + 1, len(specs), spec["arm"], spec["mix"], spec["tokens"])
+    table = records.load_records(folder)
+    return table[table["run_id"].isin([records.run_id(spec) for spec in specs])]
+
+
+def _measured(spec: Spec) -> dict[str, Any]:
+    """The record of a spec; what did not fit is one, too."""
+    identity = records.run_id(spec)
+    try:
+        ceiling = matmul_ceiling(torch.device(spec["device"]), _dtype(spec))
+        metrics = measure(spec) | {"matmul_flops_ceiling": ceiling}
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        return records.unfinished(identity, spec, "oom", str(error).splitlines()[0])
+    head = {"run_id": identity, "status": "ok", "error": None, "spec": spec, "environment": records.environment()}
+    return head | {"plan": None, "metrics": metrics, "trace": None}
+
+
+# Tables
+
+
+def mix_table(mixes: Sequence[str], *, tokens: int, mean_length: int, seed: int) -> pd.DataFrame:
+    """What padding and a dense mask look at for each useful slot or pair, a row a mix of lengths.
+
+    `waste`: padding's slots per token. `pairs, padded` and `pairs, dense mask`: pairs of tokens per useful pair.
+    """
+    rows = {}
+    for mix in mixes:
+        n = draw_lengths(mix, tokens, mean_length, seed)
+        useful, longest = _pairs(n), int(n.max())
+        rows[mix] = {
+            "lengths": MIXES[mix],
+            "examples": len(n),
+            "longest": longest,
+            "waste": len(n) * longest / n.sum(),
+            "pairs, padded": len(n) * longest * (longest + 1) / 2 / useful,
+            "pairs, dense mask": n.sum() ** 2 / useful,
         }
-        try:
-            ceiling = matmul_ceiling(torch.device(spec["device"]), _dtype(spec))
-            record["metrics"] = measure(spec) | {"matmul_flops_ceiling": ceiling}
-        except torch.OutOfMemoryError as error:
-            record |= {"status": "oom", "error": str(error).splitlines()[0], "metrics": None}
-            torch.cuda.empty_cache()
-        write_record(folder, record)
-        logger.info("%d of %d: %s", i + 1, len(specs), {k: spec[k] for k in ("arm", "mix", "tokens")})
-    table = load_records(folder)
-    return table[table["run_id"].isin(map(run_id, specs))]
+    return pd.DataFrame(rows).T
 
 
 def gain(table: pd.DataFrame, by: str) -> pd.Series:
@@ -179,52 +237,90 @@ def gain(table: pd.DataFrame, by: str) -> pd.Series:
     return speed["varlen"] / speed["padded_sdpa"]
 
 
-def against_tokens(table: pd.DataFrame, title: str) -> Figure:
+def timing_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Tokens by tokens what each arm takes and does: seconds of a layer, useful FLOP/s, and the ceiling's."""
+    metrics = {"layer_seconds.p50", "useful_flops_per_s", "matmul_flops_ceiling"}
+    shown = table.rename(columns={f"metrics.{name}": name for name in metrics})
+    columns = ["tokens", "arm", "layer_seconds.p50", "useful_flops_per_s", "matmul_flops_ceiling", "status"]
+    return shown[columns].sort_values(["tokens", "arm"])
+
+
+def largest_batch(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of most tokens, by arm."""
+    return table[table["tokens"] == table["tokens"].max()].set_index("arm")
+
+
+def mask_table(table: pd.DataFrame) -> pd.DataFrame:
+    """What the masks of the largest batch cost: `arm, mask_seconds, mask_share` of a step, `mask_bytes` if T × T."""
+    largest = largest_batch(table)
+    shown = {
+        "mask_seconds": largest["metrics.mask_seconds"],
+        "mask_share": largest["metrics.mask_share"],
+        "mask_bytes": (largest["tokens"] ** 2).where(largest.index == "dense_mask"),
+    }
+    return pd.DataFrame(shown).reset_index()
+
+
+# Figures
+
+
+def against_tokens(table: pd.DataFrame, mix: str, device: str) -> Picture:
     """Useful TFLOP/s of each arm against the tokens of a batch, with the measured ceiling of a matrix product."""
+    title = f"{mix} lengths, {device}: {_gained(gain(table, 'tokens'))}"
     figure, (ax,) = figures.new(8.5, 4.8, title)
-    for arm, rows in table.groupby("arm", sort=False):
-        label, color, marker, _ = ARMS[arm]
+    for name, rows in table.groupby("arm", sort=False):
+        label, look = ARMS[name]
         rows = rows.sort_values("tokens")
-        ax.plot(
-            rows["tokens"],
-            rows["metrics.useful_flops_per_s"] / 1e12,
-            marker=marker,
-            markersize=8,
-            color=figures._COLORS[color],
-            label=label,
-        )
-    ax.axhline(
-        table["metrics.matmul_flops_ceiling"].median() / 1e12,
-        **figures.LIMIT,
-        label="measured ceiling: a matrix product",
-    )
-    ax.set_xscale("log", base=2)
+        teraflops = rows["metrics.useful_flops_per_s"] / 1e12
+        ax.plot(rows["tokens"], teraflops, color=COLORS[look.color], marker=look.marker, markersize=8, label=label)
+    ceiling = table["metrics.matmul_flops_ceiling"].median() / 1e12
+    ax.axhline(ceiling, label="measured ceiling: a matrix product", **figures.LIMIT)
+    figures.log2_axis(ax)
     ax.set_yscale("log")
     ax.set(title=title, xlabel="tokens in the batch", ylabel="useful TFLOP/s")
-    ax.xaxis.set_major_formatter("{x:g}")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def against_mix(table: pd.DataFrame, title: str) -> Figure:
+def against_mix(table: pd.DataFrame, tokens: int, device: str) -> Picture:
     """Share of the ceiling that each arm turns into useful work, one group a length mix, with the mix's waste."""
+    title = f"{tokens} tokens, {device}: {_gained(gain(table, 'mix'))}"
     waste, arms = table.groupby("mix")["metrics.waste"].max().sort_values(), list(dict.fromkeys(table["arm"]))
-    mixes = list(waste.index)
+    mixes, width = list(waste.index), 0.6 / max(len(arms) - 1, 1)
     figure, (ax,) = figures.new(8.5, 4.8, title)
-    for shift, arm in zip(np.linspace(-0.3, 0.3, len(arms)), arms):
-        label, color, _, hatch = ARMS[arm]
-        rows = table[table["arm"] == arm].set_index("mix").reindex(mixes)
+    for shift, name in zip(np.linspace(-0.3, 0.3, len(arms)), arms):
+        label, look = ARMS[name]
+        rows = table[table["arm"] == name].set_index("mix").reindex(mixes)
         share = 100 * rows["metrics.useful_flops_per_s"] / rows["metrics.matmul_flops_ceiling"]
-        ax.bar(
-            np.arange(len(mixes)) + shift,
-            share,
-            width=0.6 / max(len(arms) - 1, 1),
-            color=figures._COLORS[color],
-            hatch=hatch,
-            label=label,
-        )
+        x = np.arange(len(mixes)) + shift
+        ax.bar(x, share, width=width, color=COLORS[look.color], hatch=look.hatch, label=label)
     ax.set_xticks(range(len(mixes)), [f"{mix}\nwaste {waste[mix]:.2f}" for mix in mixes])
     ax.set(title=title, ylabel="useful work, % of the measured ceiling")
     ax.grid(axis="x", visible=False)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def _gained(gains: pd.Series) -> str:
+    return f"varlen does {gains.min():.1f} to {gains.max():.1f} × padding's useful work"
+
+
+# Findings
+
+
+def findings(table: pd.DataFrame, mix: str, device: str) -> list[str]:
+    """Sentences of notebook 05 about the largest batch of a sweep against tokens, every number computed."""
+    largest = largest_batch(table)
+    speed, tokens, layers = largest["metrics.useful_flops_per_s"], largest["tokens"].iloc[0], largest["layers"].iloc[0]
+    share = speed["varlen"] / largest.loc["varlen", "metrics.matmul_flops_ceiling"]
+    said = [
+        f"{tokens} tokens of {mix} lengths on {device}, waste {largest['metrics.waste'].max():.2f}: "
+        f"varlen does {speed['varlen'] / speed['padded_sdpa']:.2f} times the useful work of padding per second, "
+        f"{share:.1%} of the measured ceiling."
+    ]
+    if pd.notna(speed["dense_mask"]):
+        ratio = speed["dense_mask"] / speed["padded_sdpa"]
+        said.append(f"Packing with a dense mask does {ratio:.2f} times the useful work of padding.")
+    flex_share = largest.loc["flex", "metrics.mask_share"]
+    said.append(f"FlexAttention spends {flex_share:.1%} of a step of {layers} layers on its block mask.")
+    return said

@@ -1,137 +1,112 @@
-"""Tables about plans: what notebooks 01 and 03 measure before anything is trained. One DataFrame per question, one row per point."""
+"""Which examples should share a row? What notebook 03 compares: planners, and four traps that a full row does not show.
+
+Everything follows from lengths and plans; no token is touched. One table per question, one row per point.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from packlib import plans
-from packlib.lab.corpora import load_corpus
+from packlib.lab import figures
+from packlib.lab.figures import COLORS, Picture
 from packlib.lab.parameters import unknown_name
+from packlib.lab.strategies import STRATEGIES, Strategy, get_strategy, plan_for
 from packlib.plans import Plan
 
-Planner = Callable[
-    [np.ndarray, int, int, int], Plan
-]  # lengths, batch size, capacity, seed; mini-batches have a budget of both multiplied
-
-PLANNERS: dict[str, tuple[Planner, str]] = {  # name: planner, layout of its rows
-    "shuffled_batches": (lambda n, b, c, s: plans.shuffled_batches(n, b, s), "padded"),
-    "length_grouped_batches": (lambda n, b, c, s: plans.length_grouped_batches(n, b, s), "padded"),
-    "token_budget": (lambda n, b, c, s: plans.token_budget(n, b * c, overflow="error", seed=s), "padded"),
-    "dynamic_programming": (
-        lambda n, b, c, s: plans.dynamic_programming(n, "padded", max_slots=b * c, overflow="error", seed=s),
-        "padded",
-    ),
-    "fixed_length": (lambda n, b, c, s: plans.fixed_length(n, c, s), "flat"),
-    "next_fit (random)": (lambda n, b, c, s: plans.next_fit(n, c, overflow="error", seed=s), "flat"),
-    "next_fit (sorted)": (lambda n, b, c, s: plans.next_fit(n, c, overflow="error", order="sorted", seed=s), "flat"),
-    "histogram": (lambda n, b, c, s: plans.histogram(n, c, overflow="error", seed=s), "flat"),
-    "first_fit_decreasing": (lambda n, b, c, s: plans.first_fit_decreasing(n, c, overflow="error", seed=s), "flat"),
-    "best_fit_decreasing": (lambda n, b, c, s: plans.best_fit_decreasing(n, c, overflow="error", seed=s), "flat"),
-}
+OTHER_PACKERS = (plans.first_fit_decreasing, plans.histogram)  # that no strategy uses, as good as best fit
+ROWS_OF_A_STEP = 8  # in the table of examples per step
 
 
-def make_plan(name: str, lengths: np.ndarray, *, batch_size: int, max_tokens: int, seed: int = 0) -> Plan:
-    """The plan of a planner in PLANNERS; examples above `max_tokens` must have been cut. Raises `ValueError` for an unknown one."""
-    if name not in PLANNERS:
-        raise unknown_name("planner", name, PLANNERS)
-    return PLANNERS[name][0](lengths, batch_size, max_tokens, seed)
+# Arms
 
 
-def waste_by_batch_size(lengths: np.ndarray, batch_sizes: Sequence[int], seed: int = 0) -> pd.DataFrame:
-    """`batch_size, strategy, waste` (slots per real token) of padding random mini-batches, of group-by-length and of packing."""
+def planners() -> dict[str, Strategy]:
+    """Every planner that a strategy uses, and the other packers, by label; a strategy stands for how it is used.
+
+    Mini-batches first, then packers, whose rows hold `max_tokens` here: a strategy may take several for a batch.
+    """
+    multipack = get_strategy("multipack_posid")
+    others = [replace(multipack, name=packer.__name__, planner=packer) for packer in OTHER_PACKERS]
+    ours = [strategy for strategy in STRATEGIES.values() if strategy.trl is None]
+    found: dict[str, Strategy] = {}
+    for strategy in sorted([*ours, *others], key=_is_flat):
+        if strategy.layout == "flat" and strategy.size == "batch":
+            strategy = replace(strategy, size="row")
+        found.setdefault(_planner_label(strategy), strategy)  # what several strategies use is compared once
+    return found
+
+
+def _is_flat(strategy: Strategy) -> bool:
+    return strategy.layout == "flat"
+
+
+def _planner_label(strategy: Strategy) -> str:
+    """`next_fit (sorted)`: the planner, and what it is told besides what happens to overlong examples."""
+    told = [str(value) for name, value in strategy.own.items() if name != "overflow"]
+    return " ".join([strategy.planner.__name__, *(f"({value})" for value in told)])
+
+
+# Tables
+
+
+def planner_table(lengths: np.ndarray, *, batch_size: int, max_tokens: int, seed: int = 0) -> pd.DataFrame:
+    """Every planner on the same examples.
+
+    Columns `planner, rows, fill` (real tokens over slots, or over capacity), `milliseconds, broken_examples`,
+    `randomness` of stretches of batch_size × max_tokens tokens, `attention_spread` (dearest row over mean row).
+    """
     rows = []
-    for size in batch_sizes:
-        padded = plans.shuffled_batches(lengths, size, seed).report(lengths, "padded").waste
-        grouped = plans.length_grouped_batches(lengths, size, seed).report(lengths, "padded").waste
-        rows += [(size, "padding", padded), (size, "group_by_length", grouped), (size, "minibatch_packing", 1.0)]
-    return pd.DataFrame(rows, columns=["batch_size", "strategy", "waste"])
-
-
-def capacity_table(lengths: np.ndarray, capacities: Sequence[int]) -> pd.DataFrame:
-    """`max_tokens, cut_examples, lost_tokens` (shares, truncating) and `fill, rows` of best fit, for each capacity of a row."""
-    rows = []
-    for capacity in capacities:
-        kept = np.minimum(lengths, capacity)
-        report = plans.best_fit_decreasing(kept, capacity, overflow="error").report(kept)
-        rows.append(
-            (capacity, (lengths > capacity).mean(), 1 - kept.sum() / lengths.sum(), report.capacity_fill, report.rows)
-        )
-    return pd.DataFrame(rows, columns=["max_tokens", "cut_examples", "lost_tokens", "fill", "rows"])
-
-
-def tokenizer_table(
-    corpus: str, tokenizers: Sequence[str], *, batch_size: int, max_tokens: int, limit: int | None = None
-) -> pd.DataFrame:
-    """The same text under several tokenizers: vocabulary, lengths in tokens, padding's waste, tokens lost above `max_tokens`, packed rows."""
-    rows = []
-    for name in tokenizers:
-        loaded = load_corpus(corpus, tokenizer=name, limit=limit)
-        n, kept = loaded.lengths, np.minimum(loaded.lengths, max_tokens)
-        padded = plans.shuffled_batches(kept, batch_size).report(kept, "padded")
-        packed = plans.best_fit_decreasing(kept, max_tokens, overflow="error")
-        spread = n.std() / n.mean()
-        rows.append(
-            (
-                name,
-                loaded.vocab_size,
-                int(n.sum()),
-                n.mean(),
-                np.percentile(n, 99),
-                spread,
-                padded.waste,
-                1 - kept.sum() / n.sum(),
-                len(packed),
-            )
-        )
-    columns = [
-        "tokenizer",
-        "vocabulary",
-        "tokens",
-        "mean",
-        "p99",
-        "std / mean",
-        "padding waste",
-        "lost tokens",
-        "packed rows",
-    ]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def planner_table(
-    lengths: np.ndarray, *, batch_size: int, max_tokens: int, seed: int = 0, names: Sequence[str] = tuple(PLANNERS)
-) -> pd.DataFrame:
-    """Every planner on the same examples: `planner, rows, fill, milliseconds, broken_examples, randomness, attention_spread`."""
-    rows = []
-    for name in names:
+    for name, strategy in planners().items():
         begin = time.perf_counter()
-        plan = make_plan(name, lengths, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
+        plan = plan_for(strategy, lengths, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
         milliseconds = (time.perf_counter() - begin) * 1e3
-        report = plan.report(lengths, PLANNERS[name][1])
-        fill = report.fill if report.capacity_fill is None else report.capacity_fill
-        rows.append(
-            (
-                name,
-                report.rows,
-                fill,
-                milliseconds,
-                report.broken_examples,
-                randomness(plan, lengths, batch_size * max_tokens),
-                report.attention_spread,
-            )
-        )
-    return pd.DataFrame(
-        rows, columns=["planner", "rows", "fill", "milliseconds", "broken_examples", "randomness", "attention_spread"]
-    )
+        report = plan.report(lengths, strategy.layout)
+        row = {
+            "planner": name,
+            "rows": report.rows,
+            "fill": report.fill if report.capacity_fill is None else report.capacity_fill,
+            "milliseconds": milliseconds,
+            "broken_examples": report.broken_examples,
+            "randomness": randomness(plan, lengths, batch_size * max_tokens),
+            "attention_spread": report.attention_spread,
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def report_line(lengths: np.ndarray, name: str, *, batch_size: int, max_tokens: int, seed: int = 0) -> str:
+    """What the planner of that label makes of some lengths, in a line. Raises `ValueError` for an unknown label."""
+    strategy = _planner(name)
+    plan = plan_for(strategy, lengths, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
+    report = plan.report(lengths, strategy.layout)
+    fill = "" if report.capacity_fill is None else f"capacity fill {report.capacity_fill:.3f}, "
+    return f"{report.rows} rows, waste {report.waste:.2f}, {fill}{report.broken_examples} broken"
+
+
+def _planner(name: str) -> Strategy:
+    known = planners()
+    if name not in known:
+        raise unknown_name("planner", name, known)
+    return known[name]
+
+
+def fewest_rows(lengths: np.ndarray, max_tokens: int) -> int:
+    """Rows of `max_tokens` that no packer can do without: the tokens over the capacity, rounded up."""
+    return -(-int(lengths.sum()) // max_tokens)
 
 
 def randomness(plan: Plan, lengths: np.ndarray, tokens: int) -> float:
-    """How mixed stretches of `tokens` tokens are in length: 1 as in a random order, near 0 where the order, or the row, follows length.
+    """How mixed stretches of `tokens` tokens are in length.
 
-    The variance that the stretches' token-weighted mean log length has when segments are shuffled (8 times), over the variance in the plan.
+    1 as in a random order, near 0 where the order, or the row, follows length: the variance that the stretches'
+    token-weighted mean log length has when segments are shuffled (8 times), over the variance in the plan.
 
     >>> lengths = np.arange(1, 1001)
     >>> rows = plans.shuffled_batches(lengths, 1)
@@ -147,34 +122,200 @@ def randomness(plan: Plan, lengths: np.ndarray, tokens: int) -> float:
         return float((np.bincount(stretch, logs[order] * n) / np.maximum(np.bincount(stretch, n), 1)).var())
 
     rng = np.random.default_rng(0)
-    chance = np.mean([variance(rng.permutation(len(size))) for _ in range(8)])
-    return float(min(1.0, chance / max(variance(np.arange(len(size))), 1e-12)))
+    chance = float(np.mean([variance(rng.permutation(len(size))) for _ in range(8)]))
+    return min(1.0, chance / max(variance(np.arange(len(size))), 1e-12))
 
 
 def fill_by_chunk(lengths: np.ndarray, max_tokens: int, chunks: Sequence[int], seed: int = 0) -> pd.DataFrame:
-    """`chunk, fill, rows`: best fit when only `chunk` examples (in random order) are planned at once, as `datasets.map` does with 1000."""
+    """Best fit when only `chunk` examples, in random order, are planned at once: `chunk, fill, rows`.
+
+    `datasets.map` does so with 1000 of them. The last row is all of them at once.
+    """
     order = np.random.default_rng(seed).permutation(lengths)
     rows = []
-    for chunk in sorted({min(chunk, len(order)) for chunk in chunks}):
+    for chunk in sorted({min(chunk, len(order)) for chunk in [*chunks, len(order)]}):
         parts = [order[begin : begin + chunk] for begin in range(0, len(order), chunk)]
         count = sum(len(plans.best_fit_decreasing(part, max_tokens, overflow="error")) for part in parts)
         rows.append((chunk, lengths.sum() / (count * max_tokens), count))
     return pd.DataFrame(rows, columns=["chunk", "fill", "rows"])
 
 
-def rank_costs(plan: Plan, world_size: int) -> np.ndarray:
-    """Σ n² of every rank at every step, over the mean of its step: float64 [steps, world_size]; rank r takes rows r, r + world_size, …"""
-    costs = plan.row_costs()[: len(plan) // world_size * world_size].reshape(-1, world_size)
-    return costs / costs.mean(axis=1, keepdims=True)
-
-
-def slowest_over_mean(plan: Plan, world_size: int) -> float:
-    """How much longer an epoch's attention takes because every step waits for its dearest rank: Σ max / Σ mean over the steps."""
-    costs = plan.row_costs()[: len(plan) // world_size * world_size].reshape(-1, world_size)
-    return float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
-
-
 def long_to_short(plan: Plan) -> Plan:
     """The rows sorted by their longest segment, as a packer builds them: what shuffling the rows prevents."""
     longest = np.maximum.reduceat(plan.stop - plan.start, plan.row_splits[:-1])
     return plan.take(np.argsort(-longest, kind="stable"), "long_to_short")
+
+
+def examples_per_step(plan: Plan, seed: int = 0) -> pd.DataFrame:
+    """Examples in an optimiser step of eight rows, as the plan has them and as `constant_examples` groups rows.
+
+    Columns `steps`, quantiles `p5, p50, p95`, and the share of steps with exactly the target, in percent.
+    """
+    target = ROWS_OF_A_STEP * int(np.ceil(plan.row_examples.mean()))
+    grouped, steps = plans.constant_examples(plan, target, seed=seed)
+    by_step = {
+        "rows as shuffled": np.add.reduceat(plan.row_examples, np.arange(0, len(plan), ROWS_OF_A_STEP)),
+        f"constant_examples({target})": np.add.reduceat(grouped.row_examples, steps[:-1]),
+    }
+    rows = {}
+    for name, examples in by_step.items():
+        p5, p50, p95 = np.percentile(examples, (5, 50, 95))
+        exactly = 100 * np.mean(examples == target)
+        rows[name] = {"steps": len(examples), "p5": p5, "p50": p50, "p95": p95, f"exactly {target} (%)": exactly}
+    return pd.DataFrame(rows).T
+
+
+def rank_costs(plan: Plan, world_size: int) -> np.ndarray:
+    """Σ n² of every rank at every step over the mean of its step, float64 [steps, world_size].
+
+    Rank r takes rows r, r + world_size, …; rows that fill no step are left out.
+    """
+    costs = _costs_by_step(plan, world_size)
+    return costs / costs.mean(axis=1, keepdims=True)
+
+
+def slowest_over_mean(plan: Plan, world_size: int) -> float:
+    """How much longer an epoch's attention takes because every step waits for its dearest rank: Σ max / Σ mean."""
+    costs = _costs_by_step(plan, world_size)
+    return float(costs.max(axis=1).sum() / costs.mean(axis=1).sum())
+
+
+def _costs_by_step(plan: Plan, world_size: int) -> np.ndarray:
+    return plan.row_costs()[: len(plan) // world_size * world_size].reshape(-1, world_size)
+
+
+# Figures
+
+
+def row_pictures(lengths: np.ndarray, chosen: Sequence[str], *, batch_size: int, max_tokens: int, seed: int) -> Picture:
+    """The rows that some planners (labels of `planners`) make of the same few examples, a panel each, up to three wide.
+
+    Each segment is a block in the colour of its example, padding is hatched, the capacity dashed. Raises `ValueError`
+    for an unknown label.
+    """
+    made = {}
+    for name in chosen:
+        made[name] = plan_for(_planner(name), lengths, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
+    columns = min(3, len(made))
+    count = -(-len(made) // columns)
+    alt = "Rows of each planner as coloured blocks: "
+    alt += ", ".join(f"{name} {len(plan)} rows" for name, plan in made.items())
+    figure, axes = figures.new(4.6 * columns, 2.6 * count, alt, columns, count)
+    for ax in axes[len(made) :]:
+        ax.set_visible(False)
+    for ax, (name, plan) in zip(axes, made.items()):
+        lines = _draw_rows(ax, plan, padded=_planner(name).layout == "padded")
+        ax.axvline(max_tokens, color="black", linestyle="--", linewidth=1.2)
+        ax.set_title(f"{name}: {len(plan)} rows", fontsize=11)
+        ax.set(xlim=(0, max_tokens * 1.02), ylim=(lines - 0.4, -0.6), yticks=[], xlabel="tokens")
+        ax.grid(False)
+    return figure
+
+
+def _draw_rows(ax: Axes, plan: Plan, padded: bool) -> int:
+    """One line a row, or, padded, one line an example and a rule between mini-batches; returns the lines."""
+    y = 0
+    for row in plan:
+        if padded and y:
+            ax.axhline(y - 0.5, color="black", linewidth=0.8)
+        longest = max(segment.stop - segment.start for segment in row)
+        for line in [[segment] for segment in row] if padded else [row]:
+            left = 0
+            for segment in line:
+                size, color = segment.stop - segment.start, COLORS[segment.example % len(COLORS)]
+                ax.barh(y, size, 0.86, left, color=color, edgecolor="white", linewidth=0.8)
+                left += size
+            if padded:
+                ax.barh(y, longest - left, 0.86, left, color="0.93", hatch="////", edgecolor="0.7", linewidth=0)
+            y += 1
+    return y
+
+
+def fill_growth(table: pd.DataFrame, marked: int = 1000) -> Picture:
+    """Fill against how many examples are planned at once (`fill_by_chunk`), with `datasets.map`'s default marked."""
+    at = planned_at(table, marked)
+    told = f"Planned {at['chunk']:,.0f} at a time, rows are {at['fill']:.1%} full"
+    title = f"{told}; all at once, {table['fill'].iloc[-1]:.2%}"
+    figure, (ax,) = figures.new(8.5, 4.2, title)
+    ax.plot(table["chunk"], 100 * table["fill"], marker="o", markersize=7, color=COLORS[0])
+    ax.axvline(marked, color=COLORS[3], linestyle="--", linewidth=1.6)
+    text, low = f" datasets.map plans {marked:,} at a time", 100 * table["fill"].iloc[0]
+    ax.text(marked, low, text, color=COLORS[3], fontsize=10, va="bottom")
+    ax.set_xscale("log")
+    ax.set(title=title, xlabel="examples planned at once", ylabel="fill of the rows (%)")
+    return figure
+
+
+def planned_at(growth: pd.DataFrame, chunk: int = 1000) -> pd.Series:
+    """The row of `fill_by_chunk` that is nearest to so many examples at a time."""
+    return growth.loc[(growth["chunk"] - chunk).abs().idxmin()]
+
+
+def drift(named: Mapping[str, Plan]) -> Picture:
+    """Examples in each row over the epoch, with the running mean, one panel per order of the rows.
+
+    An order that drifts changes the batch, and its statistics, with time.
+    """
+    alt = "Examples per row over the epoch: " + ", ".join(named)
+    figure, axes = figures.new(6 * len(named), 4, alt, len(named), sharey=True)
+    for i, (ax, (name, plan)) in enumerate(zip(axes, named.items())):
+        x, counts = 100 * np.arange(len(plan)) / len(plan), plan.row_examples
+        ax.plot(x, counts, ".", markersize=4, color=COLORS[7], alpha=0.6, label="one row")
+        mean = pd.Series(counts).rolling(max(len(plan) // 20, 1), center=True, min_periods=1).mean()
+        ax.plot(x, mean, color=COLORS[i * 2], linewidth=2.4, label="running mean")
+        ax.set(title=name, xlabel="progress of the epoch (%)", yscale="log")
+        ax.legend()
+    axes[0].set_ylabel("examples per row")
+    return figure
+
+
+def rank_waiting(named: Mapping[str, Plan], world_size: int, steps: int = 40) -> Picture:
+    """Every rank's attention cost over the mean of its step, one panel per order of the rows.
+
+    The highest point of a step is what all ranks wait for; the first `steps` optimiser steps are shown.
+    """
+    found = {name: slowest_over_mean(plan, world_size) for name, plan in named.items()}
+    alt = ", ".join(f"{name}: slowest rank {value:.2f} times the mean" for name, value in found.items())
+    figure, axes = figures.new(6 * len(named), 4, alt, len(named), sharey=True)
+    for i, (ax, (name, plan)) in enumerate(zip(axes, named.items())):
+        costs = rank_costs(plan, world_size)[:steps]
+        color, marker = COLORS[3 if i == 0 else 0], figures.MARKERS[i]
+        ax.plot(costs, ".", color="0.6", markersize=5)
+        ax.plot(costs.max(axis=1), color=color, marker=marker, markersize=5, label="slowest rank")
+        ax.axhline(1, color="black", linewidth=1)
+        ax.set(title=f"{name}: slowest {found[name]:.2f} × the mean", xlabel="optimiser step")
+        ax.legend(loc="upper right")
+    axes[0].set_ylabel("Σ n² of a rank / mean of the ranks")
+    return figure
+
+
+# Findings
+
+
+def findings(
+    table: pd.DataFrame,
+    growth: pd.DataFrame,
+    waiting: Mapping[str, float],
+    *,
+    lengths: np.ndarray,
+    max_tokens: int,
+    ranks: int,
+) -> list[str]:
+    """Sentences of notebook 03, every number computed.
+
+    table: `planner_table`. growth: `fill_by_chunk`. waiting: `slowest_over_mean` as planned, then balanced.
+    """
+    by_planner = table.set_index("planner")
+    best, at_1000 = by_planner.loc["best_fit_decreasing"], planned_at(growth)
+    slowest, balanced = waiting.values()
+    return [
+        f"Best fit packs {len(lengths):,} examples into {best.rows:,.0f} rows in {best.milliseconds:.0f} ms; "
+        f"the lower bound is {fewest_rows(lengths, max_tokens):,}. "
+        f"Random next fit needs {by_planner.loc['next_fit (random)', 'rows']:,}.",
+        f"Cutting every {max_tokens:,} tokens breaks {by_planner.loc['fixed_length', 'broken_examples']:,} "
+        f"of {len(lengths):,} examples.",
+        f"Planned {at_1000['chunk']:,.0f} at a time, rows are {at_1000['fill']:.2%} full; "
+        f"all {growth['chunk'].iloc[-1]:,.0f} at once, {growth['fill'].iloc[-1]:.2%}.",
+        f"On {ranks} ranks the slowest does {slowest:.2f} × the mean attention work of its step; "
+        f"balanced, {balanced:.2f} ×.",
+    ]

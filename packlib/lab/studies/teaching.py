@@ -1,34 +1,36 @@
-"""What notebooks 00 and 02 show and a cell is too short for: pictures of slots and tensors, and a look into a small model.
+"""What notebook 02 shows and a cell is too short for: pictures of tensors, and a look into a small model.
 
 Everything here is for rows of a few dozen tokens: attention weights are dense, [T, T], and nothing is fast.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.colors import PowerNorm
+from matplotlib.patches import Rectangle
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from packlib import probe
 from packlib.collators import IGNORE_INDEX
+from packlib.isolation import probe
 from packlib.lab import figures, models
-from packlib.plans import Plan
+from packlib.lab.figures import COLORS, Picture
 
-# Mostly Okabe and Ito's colours, one an example; vermilion is kept for attention to another example
-COLORS = np.array(
-    [to_rgb(f"#{code}") for code in ("56b4e9", "e69f00", "009e73", "cc79a7", "f0e442", "9a9ae0", "b3936b", "999999")]
-)
-_FOREIGN, _PAD = to_rgb("#d55e00"), (0.9, 0.9, 0.9)
+Batch = Mapping[str, Any]
+TENSORS = ("input_ids", "labels", "position_ids")
 
 
 def small_llama(attn_implementation: str, vocab_size: int = 512, seed: int = 0) -> PreTrainedModel:
-    """Two layers of `tiny-llama`, float32, eval mode, with queries and keys 4 times as large as at initialisation, where a small model looks at all
-    tokens alike and a picture shows little."""
+    """Two layers of `tiny-llama`, float32, eval mode, with queries and keys 4 times as large as at initialisation.
+
+    A small model as initialised looks at all tokens alike, and a picture of it shows little.
+    """
     model = models.build_model(
         "tiny-llama", attn_implementation=attn_implementation, seed=seed, vocab_size=vocab_size, layers=2
     )
@@ -39,137 +41,191 @@ def small_llama(attn_implementation: str, vocab_size: int = 512, seed: int = 0) 
     return model.eval()
 
 
+# Tables
+
+
 @torch.no_grad()
-def attention_weights(model: PreTrainedModel, batch: Mapping[str, Any], layer: int = 0) -> np.ndarray:
+def attention_weights(model: PreTrainedModel, batch: Batch, layer: int = 0) -> np.ndarray:
     """Attention weights of one layer, mean over heads, of a flat batch: float32 [T, T], rows are queries and sum to 1.
 
-    Read from the eager attention of transformers, which has position ids alone to tell where examples begin. The model is left as it was.
+    Read from the eager attention of transformers, which has position ids alone to tell where examples begin. The model
+    is left as it was.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        out = model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, output_attentions=True
-        )
+        ids, positions = batch["input_ids"], batch["position_ids"]
+        out = model(input_ids=ids, position_ids=positions, use_cache=False, output_attentions=True)
     finally:
         model.set_attn_implementation(before)
     return out.attentions[layer][0].mean(0).numpy()
 
 
 @torch.no_grad()
-def token_logits(model: PreTrainedModel, *batches: Mapping[str, Any]) -> Tensor:
-    """Logits of the real tokens, examples in reading order, float32 [real tokens, V]: pads are left out, so layouts can be subtracted."""
+def token_logits(model: PreTrainedModel, *batches: Batch) -> Tensor:
+    """Logits of the real tokens, examples in reading order, float32 [real tokens, V].
+
+    Pads are left out, so that layouts can be subtracted.
+    """
     found = []
     for batch in batches:
-        logits = probe.logits(
-            model, {"use_cache": False} | {name: value for name, value in batch.items() if name != "labels"}
-        )
+        inputs = {"use_cache": False} | {name: value for name, value in batch.items() if name != "labels"}
+        logits = probe.logits(model, inputs)
         mask = batch.get("attention_mask")
         found.append(logits.flatten(0, 1) if mask is None else logits[mask.bool()])
     return torch.cat(found)
 
 
-def token_strips(
-    batch: Mapping[str, Any], lengths: Sequence[int], names: Sequence[str] = ("input_ids", "labels", "position_ids")
-) -> Figure:
-    """The tensors of a flat batch, cell by cell, one colour an example, `cu_seq_lens_q` below the borders; up to about 40 tokens."""
+def edit_changes(
+    model: PreTrainedModel, batches: Mapping[str, Batch], edited: np.ndarray, token: int
+) -> dict[str, np.ndarray]:
+    """Largest change of every token's logits when the tokens of one example become `token`: name -> float32 [T].
+
+    batches: flat batches of the same row. edited: bool [T], the tokens of that example.
+    """
+    changes = {}
+    for name, batch in batches.items():
+        ids = torch.where(torch.from_numpy(edited), token, batch["input_ids"])
+        change = token_logits(model, {**batch, "input_ids": ids}) - token_logits(model, batch)
+        changes[name] = change.abs().amax(1).numpy()
+    return changes
+
+
+def layout_losses(model: PreTrainedModel, layouts: Mapping[str, Sequence[Batch]]) -> pd.DataFrame:
+    """The same examples in several layouts, each a list of batches; the first one is the reference.
+
+    Columns `loss`, nats per token, batches weighted by their loss tokens, and `difference`, the largest one of a
+    token's logits to those of the reference.
+    """
+    reference = token_logits(model, *next(iter(layouts.values())))
+    rows = {}
+    for name, batches in layouts.items():
+        counts = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches]
+        with torch.no_grad():
+            means = [model(**batch, use_cache=False).loss.item() for batch in batches]
+        difference = float((token_logits(model, *batches) - reference).abs().max())
+        rows[name] = {"loss": np.average(means, weights=counts), "difference": difference}
+    return pd.DataFrame(rows).T
+
+
+def logit_errors(
+    model: PreTrainedModel, batches: Mapping[str, Batch], reference: Tensor, attentions: Sequence[str]
+) -> pd.DataFrame:
+    """Largest logit error of every batch (rows) on every attention (columns) as text, or why it was refused.
+
+    reference: float32 [real tokens, V]. The model is left on the last attention.
+    """
+    errors: dict[str, dict[str, str]] = {}
+    for attention in attentions:
+        model.set_attn_implementation(attention)
+        errors[attention] = {name: _logit_error(model, batch, reference) for name, batch in batches.items()}
+    return pd.DataFrame(errors).rename_axis("largest logit error")
+
+
+def _logit_error(model: PreTrainedModel, batch: Batch, reference: Tensor) -> str:
+    try:
+        return f"{float((token_logits(model, batch) - reference).abs().max()):.1e}"
+    except ValueError as refusal:
+        return f"refused: {str(refusal).split(';')[0]}"
+
+
+# Figures
+
+
+def token_strips(batch: Batch, lengths: Sequence[int], names: Sequence[str] = TENSORS) -> Picture:
+    """The tensors of a flat batch cell by cell, one colour an example, up to about 40 tokens.
+
+    `cu_seq_lens_q` stands below the borders between the examples.
+    """
     owner, edges = np.repeat(np.arange(len(lengths)), lengths), batch["cu_seq_lens_q"].tolist()
-    alt = f"The packed row of {len(owner)} tokens as a table: {', '.join(names)}; cu_seqlens {edges} at the borders between examples"
+    alt = f"The packed row of {len(owner)} tokens as a table: {', '.join(names)}; "
+    alt += f"cu_seqlens {edges} at the borders between examples"
     figure, (ax,) = figures.new(0.37 * len(owner) + 1.3, 0.42 * len(names) + 1.2, alt)
     for y, name in enumerate(names):
         for x, value in enumerate(batch[name][0].tolist()):
             ignored = name == "labels" and value == IGNORE_INDEX
-            ax.add_patch(
-                plt.Rectangle(
-                    (x, y), 1, 1, facecolor=_PAD if ignored else (*COLORS[owner[x] % 8], 0.35), edgecolor="white"
-                )
-            )
+            color = figures.PAD if ignored else (*figures.EXAMPLES[owner[x] % 8], 0.35)
+            ax.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white"))
             ax.text(x + 0.5, y + 0.5, value, ha="center", va="center", fontsize=9 if ignored else 10)
     ax.vlines(edges, 0, len(names) + 0.12, color="black", linewidth=1.8, clip_on=False)
-    ax.set(
-        xlim=(0, len(owner)), ylim=(len(names), 0), xticks=edges, yticks=np.arange(len(names)) + 0.5, yticklabels=names
-    )
-    ax.set(
-        title=f"{len(lengths)} segments in one row of {len(owner)} slots",
-        xlabel="cu_seqlens: where a segment ends and the next begins (tokens)",
-    )
+    ax.set(xlim=(0, len(owner)), ylim=(len(names), 0), xticks=edges)
+    ax.set_yticks(np.arange(len(names)) + 0.5, names)
+    ax.set_xlabel("cu_seqlens: where a segment ends and the next begins (tokens)")
+    ax.set_title(f"{len(lengths)} segments in one row of {len(owner)} slots")
     ax.grid(False)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return figure
 
 
-def slots_picture(plan: Plan, lengths: Sequence[int]) -> Figure:
-    """One plan of mini-batches (up to 8 short examples), padded, packed without boundaries and packed with them: slots, and who attends to whom."""
-    rows, padded, flat = (
-        [[s.example for s in row] for row in plan],
-        plan.report(lengths, "padded"),
-        plan.report(lengths),
-    )
-    lines, packed = {}, {}  # name -> (example, tokens) from left to right; -1 is padding
-    for i, row in enumerate(rows, 1):
-        packed[f"mini-batch {i}"] = [(e, lengths[e]) for e in row]
-        lines |= {
-            f"mini-batch {i}, line {j}": [(e, lengths[e]), (-1, max(lengths[o] for o in row) - lengths[e])]
-            for j, e in enumerate(row, 1)
-        }
-    layouts = [  # title, lines, how many of them are mini-batch 1, whether attention stops at examples
-        (
-            f"Padded: {padded.slots} slots for {padded.real_tokens} tokens (fill {padded.fill:.2f})",
-            lines,
-            len(rows[0]),
-            True,
-        ),
-        (f"Packed, no boundaries: {flat.slots} slots (fill {flat.fill:.2f})", packed, 1, False),
-        (f"Packed, a boundary at each example: {flat.slots} slots (fill {flat.fill:.2f})", packed, 1, True),
-    ]
-    figure, axes = plt.subplots(3, 2, figsize=(11, 8), width_ratios=(3, 1), height_ratios=(len(lines) * 0.7, 3, 3))
-    figure.alt = f"{padded.examples} examples: {padded.slots} slots padded, {flat.slots} packed; who attends to whom without and with boundaries"
-    for (ax, square), (title, drawn, first, boundary) in zip(axes, layouts):
-        for y, line in enumerate(drawn.values()):
-            for (example, tokens), left in zip(line, np.cumsum([0] + [n for _, n in line])):
-                if example < 0:
-                    ax.barh(y, tokens, left=left, color=_PAD, hatch="////", edgecolor="0.7", zorder=1)
-                else:
-                    ax.barh(
-                        y,
-                        tokens,
-                        left=left,
-                        color=COLORS[example % 8],
-                        edgecolor="black" if boundary else "none",
-                        linewidth=2,
-                        zorder=2,
-                    )
-                    ax.text(left + tokens / 2, y, chr(65 + example), ha="center", va="center", fontsize=11)
-        ax.set(title=title, xlabel="slots", yticks=range(len(drawn)), yticklabels=list(drawn))
-        ax.set(ylim=(len(drawn) - 0.45, -0.55), xlim=(0, max(plan.row_lengths) + 0.3))
-        ax.grid(axis="y", visible=False)
-        image, foreign, scores = attention_image(list(drawn.values())[:first], boundary)
-        square.imshow(image)
-        square.set(
-            xticks=[],
-            yticks=[],
-            ylabel="query",
-            xlabel=f"key: {scores} scores,\n{foreign or 'none'} to other examples",
-            title="Mini-batch 1",
-        )
-        square.grid(False)
+def attention_pictures(lengths: Sequence[int], weights: Sequence[np.ndarray], titles: Sequence[str]) -> Picture:
+    """Who attends to whom: one square of attention weights ([T, T], rows = queries) per title, borders drawn.
+
+    White is no attention at all.
+    """
+    alt = f"Attention weights, {' beside '.join(titles)}; examples of {list(lengths)} tokens"
+    figure, axes = figures.new(4.9 * len(titles) + 0.8, 5.0, alt, len(titles))
+    edges = np.cumsum([0, *lengths])
+    centres, letters = (edges[:-1] + edges[1:] - 1) / 2, [chr(65 + i) for i in range(len(lengths))]
+    for ax, weight, title in zip(axes, weights, titles):
+        image = ax.imshow(np.where(weight > 0, weight, np.nan), cmap="viridis_r", norm=PowerNorm(0.5, 0, 1))
+        for edge in edges[1:-1]:
+            ax.axhline(edge - 0.5, color="black", linewidth=1)
+            ax.axvline(edge - 0.5, color="black", linewidth=1)
+        ax.set_title(title, fontsize=12)
+        ax.set_xlabel("key: token of example …")
+        ax.set_xticks(centres, letters)
+        ax.set_yticks(centres, letters)
+        ax.grid(False)
+    axes[0].set_ylabel("query: token of example …")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="attention weight (square-root scale)")
     return figure
 
 
-def attention_image(lines: Sequence[Sequence[tuple[int, int]]], boundary: bool) -> tuple[np.ndarray, int, int]:
-    """Who attends to whom in these lines of (example, tokens), end to end: picture [T, T, 3], scores between different examples, all scores.
+def logit_changes(changes: Mapping[str, np.ndarray], lengths: Sequence[int], edited: int) -> Picture:
+    """`edit_changes` along the row, one line per boundary rule; the edited example is shaded."""
+    edges = np.cumsum([0, *lengths])
+    others = np.repeat(np.arange(len(lengths)), lengths) != edited
+    moved = ", ".join(f"{values[others].max():.2g} {name}" for name, values in changes.items())
+    title = f"Editing {chr(65 + edited)} moves the others' logits by up to {moved}"
+    figure, (ax,) = figures.new(10, 3.9, f"{title}; change at every position of the row")
+    ax.axvspan(edges[edited] - 0.5, edges[edited + 1] - 0.5, color="0.9")
+    for (name, values), marker, color in zip(changes.items(), "oX^", (COLORS[3], COLORS[2], COLORS[0])):
+        ax.plot(np.arange(len(values)), values, marker=marker, markersize=6, color=color, label=name)
+    for i, (start, stop) in enumerate(pairwise(edges)):
+        ax.axvline(stop - 0.5, color="black", linewidth=1)
+        name = f"{chr(65 + i)}{', edited' if i == edited else ''}"
+        ax.text((start + stop - 1) / 2, 1.01, name, transform=ax.get_xaxis_transform(), ha="center", fontsize=11)
+    top = max(1e-6, *(float(values.max()) for values in changes.values()))
+    ax.set_yscale("symlog", linthresh=1e-7)
+    ax.set(xlabel="position in the packed row (tokens)", ylabel="largest logit change")
+    ax.set(xlim=(-0.5, edges[-1] - 0.5), ylim=(-3e-8, 4 * top))
+    ax.set_title(title, pad=22)
+    ax.legend(loc="center right")
+    return figure
 
-    >>> attention_image([[(0, 1), (1, 2)]], boundary=False)[1:], attention_image([[(0, 1), (1, 2)]], boundary=True)[1:]
-    ((2, 6), (0, 4))
+
+# Findings
+
+
+def findings(
+    table: pd.DataFrame, noticed: Mapping[str, float], leaked: Sequence[float], same: Mapping[str, bool], edited: str
+) -> list[str]:
+    """Sentences of notebook 02 about boundaries, every number computed.
+
+    table: `layout_losses`. noticed: how far others' logits moved without and with boundaries, after an edit of the
+    example `edited`. leaked: share of attention to other examples, without and with. same: entries of the batch that
+    transformers' collator makes alike.
     """
-    owner = np.concatenate([np.repeat([e for e, _ in line], [n for _, n in line]) for line in lines])
-    line = np.repeat(np.arange(len(lines)), [sum(n for _, n in row) for row in lines])
-    causal = np.tri(len(owner), dtype=bool) & (line[:, None] == line)
-    real, same = (owner >= 0)[:, None] & (owner >= 0), owner[:, None] == owner
-    seen = causal & real & (same | (not boundary))
-    image = np.ones((*seen.shape, 3))
-    image[causal & ~real] = _PAD
-    image[seen] = COLORS[owner[np.nonzero(seen)[0]] % 8]
-    image[seen & ~same] = _FOREIGN
-    return image, int((seen & ~same).sum()), int(seen.sum())
+    reference, *others = table.index
+    exact = [name for name in others if table.loc[name, "difference"] < 1e-4]
+    leaking = [name for name in others if name not in exact]
+    without, with_them = noticed.values()
+    said = f"The same loss as {reference} ({table.loc[reference, 'loss']:.4f} nats per token): {' and '.join(exact)}"
+    return [
+        f"{sum(same.values())} of {len(same)} entries of the batch are the same as DataCollatorWithFlattening's.",
+        f"Without boundaries {leaked[0]:.0%} of the attention goes to other examples, with them {leaked[1]:.0%}.",
+        f"Editing example {edited} moves the others' logits by up to {without:.2g} without boundaries "
+        f"and by {with_them:g} with them.",
+        "; ".join([said, *(f"{name} gives {table.loc[name, 'loss']:.4f}" for name in leaking)]) + ".",
+    ]

@@ -1,20 +1,34 @@
-"""The arms of notebook 06: Table 2's comparison, and speed-up against batch size."""
+"""What does packing buy in tokens per second and memory? The arms of notebook 06, its tables, figures and sentences.
+
+The paper's Table 2 compares whole arms; a curve against batch size, and a line through step time against slots, say
+what share of the waste becomes speed and what a step costs besides its slots.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
-from packlib.lab import tables
+from packlib.lab import figures, tables
+from packlib.lab.corpora import load_corpus
+from packlib.lab.figures import Picture
 from packlib.lab.spec import RunSpec
 from packlib.lab.strategies import STRATEGIES, get_strategy, plan_for
+
+PLACE = ("models", "corpora", "strategies")  # what arms are spread over
+PAIR = ("padding", "minibatch_packing")  # the same mini-batches, padded and flat
+PEERS = {"minibatch_packing": "trl_padding_free", "multipack_posid": "trl_packing_bfd"}  # ours: TRL's own
+
+
+# Arms
 
 
 def table_2_specs(
@@ -24,145 +38,217 @@ def table_2_specs(
     strategies: Iterable[str],
     further: Iterable[Mapping[str, Any]] = (),
 ) -> list[RunSpec]:
-    """The arms in the order in which they are run: per model, per corpus, per strategy; then the same for each entry of `further`.
+    """The arms in the order in which they are run: per model, per corpus, per strategy; then each entry of `further`.
 
-    further: mappings with `models`, `corpora` and `strategies` of their own (missing ones are those given here), and any field of RunSpec that
-    differs, such as `{"strategies": ["padding"], "repeat": 1}`. A strategy written `padding:transformers_sdpa` names the attention, too: what
-    padding costs on transformers' SDPA, where attention that pads is the baseline. Raises `ValueError` for an unknown strategy or attention and
-    `TypeError` for an unknown field.
+    further: mappings with `models`, `corpora` and `strategies` of their own (missing ones are those given here), and
+    any field of RunSpec that differs, such as `{"strategies": ["padding"], "repeat": 1}` or `{"rig": {"liger": True}}`
+    (the fields of the rig that differ from the base's). A strategy written `padding:transformers_sdpa` names the
+    attention, too: what padding costs on transformers' SDPA, where attention that pads is the baseline. Raises
+    `ValueError` for an unknown strategy or attention and `TypeError` for an unknown field.
     """
-    main = {"models": list(models), "corpora": list(corpora), "strategies": list(strategies)}
+    main = dict(zip(PLACE, (list(models), list(corpora), list(strategies))))
     specs = []
     for entry in ({}, *further):
-        fields = main | dict(entry)
-        places = itertools.product(*(fields.pop(name) for name in main))
-        specs += [_arm(replace(base, **fields), *place) for place in places]
+        fields = {name: value for name, value in entry.items() if name not in PLACE}
+        if "rig" in fields:
+            fields["rig"] = replace(base.rig, **fields["rig"])
+        varied = replace(base, **fields)
+        places = itertools.product(*(entry.get(name, main[name]) for name in PLACE))
+        specs += [_at(varied, *place) for place in places]
     return specs
 
 
-def _arm(base: RunSpec, model: str, corpus: str, arm: str) -> RunSpec:
+def _at(base: RunSpec, model: str, corpus: str, arm: str) -> RunSpec:
     strategy, _, kernel = arm.partition(":")
     return replace(base, model=model, corpus=corpus, strategy=strategy, kernel=kernel or base.kernel)
 
 
 def batch_size_specs(base: RunSpec, model: str, corpus: str, batch_sizes: Iterable[int]) -> list[RunSpec]:
     """padding and minibatch_packing on the same mini-batches of growing size."""
-    arms = ("padding", "minibatch_packing")
     return [
-        replace(base, model=model, corpus=corpus, strategy=arm, batch_size=size) for size in batch_sizes for arm in arms
+        replace(base, model=model, corpus=corpus, strategy=arm, batch_size=size) for size in batch_sizes for arm in PAIR
     ]
 
 
 def enough_steps(specs: Iterable[RunSpec], tokens: int) -> list[RunSpec]:
-    """The specs with as many steps as it takes to measure each over about `tokens` real tokens, never fewer than they have.
+    """The specs with as many steps as it takes to measure each over about `tokens` real tokens, never fewer.
 
-    Mini-batches of short examples make short steps, and ten of them are over before a CPU has found its pace. With `tokens` = 0 nothing changes.
+    Mini-batches of short examples make short steps, and ten of them are over before a CPU has found its pace. With
+    `tokens` = 0 nothing changes.
     """
-    from packlib.lab import worker
 
     @cache
-    def lengths(spec: RunSpec) -> np.ndarray:
-        return worker.training_corpus(spec)[0].lengths
+    def lengths(data: RunSpec) -> np.ndarray:
+        return load_corpus(data.corpus, **data.corpus_options).lengths
 
-    def enough(spec: RunSpec) -> RunSpec:
-        strategy, known = (
-            get_strategy(spec.strategy),
-            lengths(replace(spec, strategy="padding", batch_size=1, steps=None, repeat=0, kernel="auto")),
-        )
-        plan = plan_for(strategy, known, batch_size=spec.batch_size, max_tokens=spec.max_tokens, seed=spec.seed)
-        rows = spec.gradient_accumulation * (
-            1 if strategy.trl is not None else strategy.rows_per_batch(spec.batch_size)
-        )
-        return replace(
-            spec, steps=max(spec.steps, spec.warmup_steps + math.ceil(tokens / (known.sum() / len(plan) * rows)))
-        )
+    chosen = []
+    for spec in specs:
+        if tokens and spec.steps:
+            known = lengths(replace(spec, strategy="padding", batch_size=1, steps=None, repeat=0, kernel="auto"))
+            needed = spec.warmup_steps + math.ceil(tokens / _tokens_per_step(spec, known))
+            spec = replace(spec, steps=max(spec.steps, needed))
+        chosen.append(spec)
+    return chosen
 
-    return [enough(spec) if tokens and spec.steps else spec for spec in specs]
+
+def _tokens_per_step(spec: RunSpec, lengths: np.ndarray) -> float:
+    """Real tokens of the mean optimiser step."""
+    strategy = get_strategy(spec.strategy)
+    plan = plan_for(strategy, lengths, batch_size=spec.batch_size, max_tokens=spec.max_tokens, seed=spec.seed)
+    rows = spec.gradient_accumulation * strategy.rows_per_batch(spec.batch_size)
+    return lengths.sum() / len(plan) * rows
+
+
+# Tables
+
+
+def main_arms(table: pd.DataFrame, model: str) -> pd.DataFrame:
+    """Of `tables.against`, the measured arms of a model on its first rig, corpora by their short names."""
+    own = table[table["model"] == model]
+    own = own[(own["rig"] == own["rig"].iloc[0]) & own["speed_up"].notna()]
+    return own.assign(corpus=own["corpus"].map(tables.short))
 
 
 def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Speed-up of minibatch_packing over padding and its limit (padding's waste) per batch size: `batch_size, speed_up, limit, reached, …`.
+    """Speed-up of minibatch_packing over padding and its limit, padding's waste, per batch size.
 
-    reached: share of the waste that became speed: (speed_up - 1) / (limit - 1); NaN where nothing is wasted.
+    Columns `batch_size, strategy, speed_up, limit, reached, padding_memory_bytes, packed_memory_bytes`. reached: share
+    of the waste that became speed, (speed_up - 1) / (limit - 1); NaN where nothing is wasted.
     """
-    ok = frame[
-        (frame["status"] == "ok")
-        & frame["strategy"].isin(["padding", "minibatch_packing"])
-        & (frame["kernel"] == "auto")
-    ]
+    ok = frame[(frame["status"] == "ok") & frame["strategy"].isin(PAIR) & (frame["kernel"] == "auto")]
     rows = []
     for size, group in ok.groupby("batch_size"):
         arms = {name: arm.iloc[0] for name, arm in group.groupby("strategy")}
-        if len(arms) == 2:
-            pad, packed = arms["padding"], arms["minibatch_packing"]
-            speed_up = packed["metrics.tokens_per_s.mean"] / pad["metrics.tokens_per_s.mean"]
-            limit = pad["metrics.measured_waste"]
-            reached = (speed_up - 1) / (limit - 1) if limit > 1 else math.nan
-            rows.append({
-                "batch_size": size, "strategy": "minibatch_packing", "speed_up": speed_up, "limit": limit, "reached": reached,
-                "padding_memory_bytes": pad["metrics.peak_memory_bytes"], "packed_memory_bytes": packed["metrics.peak_memory_bytes"],
-            })  # fmt: skip
+        if len(arms) < len(PAIR):
+            continue
+        pad, packed = (arms[name] for name in PAIR)
+        speed_up = packed["metrics.tokens_per_s.mean"] / pad["metrics.tokens_per_s.mean"]
+        limit = pad["metrics.measured_waste"]
+        row = {"batch_size": size, "strategy": "minibatch_packing", "speed_up": speed_up, "limit": limit}
+        row["reached"] = (speed_up - 1) / (limit - 1) if limit > 1 else math.nan
+        row["padding_memory_bytes"] = pad["metrics.peak_memory_bytes"]
+        row["packed_memory_bytes"] = packed["metrics.peak_memory_bytes"]
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
-def fixed_cost(frame: pd.DataFrame) -> dict[str, float]:
-    """Seconds a step costs before any slot, and seconds per slot: a line through step time against slots per step, over arms of one corpus.
+def like(frame: pd.DataFrame, spec: RunSpec) -> pd.DataFrame:
+    """The runs of `frame` that share model, rig, corpus and attention with a spec."""
+    place = (frame["model"] == spec.model) & (frame["corpus"] == spec.corpus) & (frame["kernel"] == spec.kernel)
+    return frame[place & (tables.rigs(frame) == tables.rig_label(asdict(spec.rig)))]
 
-    Returns `fixed_seconds`, `seconds_per_slot`, `r2` (NaN for fewer than three arms that ended well).
+
+def fixed_cost(frame: pd.DataFrame) -> dict[str, float]:
+    """Seconds a step costs before any slot, and seconds per slot: a line through step time against slots per step.
+
+    frame: runs of one model on one corpus. Returns `fixed_seconds`, `seconds_per_slot`, `r2`; NaN where fewer than
+    three arms ended well, or all have the same slots.
     """
     ok = frame[frame["status"] == "ok"]
-    if len(ok) < 3:
+    if len(ok) < 3 or ok["metrics.slots_per_step"].nunique() < 2:
         return dict.fromkeys(("fixed_seconds", "seconds_per_slot", "r2"), math.nan)
-    slots, seconds = ok["metrics.slots_per_step"].to_numpy(float), ok["metrics.step_seconds.mean"].to_numpy(float)
-    slope, fixed = np.polyfit(slots, seconds, 1)
-    residual = seconds - (fixed + slope * slots)
-    return {
-        "fixed_seconds": float(fixed),
-        "seconds_per_slot": float(slope),
-        "r2": float(1 - residual.var() / seconds.var()),
-    }
+    line = stats.linregress(
+        ok["metrics.slots_per_step"].to_numpy(float), ok["metrics.step_seconds.mean"].to_numpy(float)
+    )
+    return {"fixed_seconds": float(line.intercept), "seconds_per_slot": float(line.slope), "r2": float(line.rvalue**2)}
 
 
-def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: dict[str, float], frame: pd.DataFrame) -> list[str]:
-    """Sentences of notebook 06, every number from records."""
+def utilization_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Of `tables.against`: how busy the machine was, `tokens_per_s, step_seconds, utilization, optimizer_steps`."""
+    columns = ["corpus", "strategy", "tokens_per_s", "step_seconds", "utilization", "optimizer_steps"]
+    busy = table[columns].assign(corpus=table["corpus"].map(tables.short))
+    busy.insert(0, "model", tables.named_models(table["model"], table["rig"]))
+    return busy
+
+
+# Figures
+
+
+def speed_up_bars(table: pd.DataFrame, model: str) -> Picture:
+    """Speed-up over padding of a model's arms on packlib's attention, with the limit on every bar (`main_arms`)."""
+    ours = table[~table["kernel"].str.startswith("transformers")]
+    return figures.bars_with_limits(ours, f"{model}: real tokens/s against padding")
+
+
+def memory_bars(table: pd.DataFrame, model: str) -> Picture:
+    """Peak memory of a model's arms, one panel per corpus (`main_arms`)."""
+    title = f"{model}: peak memory"
+    groups = list(dict.fromkeys(table["corpus"]))
+    arms = list(dict.fromkeys(zip(table["strategy"], table["kernel"])))
+    figure, axes = figures.new(5.6 * len(groups) + 1.6, 0.5 * len(arms) + 1.6, title, len(groups), sharey=True)
+    for ax, group in zip(axes, groups):
+        gigabytes = table[table["corpus"] == group].set_index(["strategy", "kernel"])["peak_memory_bytes"] / 1e9
+        for y, arm in enumerate(arms):
+            if arm in gigabytes.index:
+                figures.bar(ax, y, gigabytes[arm], arm[0])
+                ax.text(gigabytes[arm], y, f" {gigabytes[arm]:.2f}", va="center", fontsize=10)
+        ax.set(title=str(group), xlabel="peak memory (GB)", xlim=(0, gigabytes.max() * 1.15))
+        ax.set_yticks(range(len(arms)), [tables.arm_label(*arm) for arm in arms])
+        ax.grid(axis="y", visible=False)
+    axes[0].invert_yaxis()
+    return figures.head(figure, title)
+
+
+def batch_size_curve(by_size: pd.DataFrame, model: str, corpus: str) -> Picture:
+    """Speed-up and its limit against batch size (`batch_size_table`)."""
+    title = f"{model}, {tables.short(corpus)}: speed-up and its limit against batch size"
+    ylabel = "real tokens/s, relative to padding"
+    return figures.curves(by_size, "batch_size", "speed_up", title, "examples per mini-batch", ylabel, limit="limit")
+
+
+# Findings
+
+
+def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: Mapping[str, float], frame: pd.DataFrame) -> list[str]:
+    """Sentences of notebook 06, every number from records.
+
+    table: `tables.against` of `frame`. by_size: `batch_size_table`. cost: `fixed_cost`.
+    """
     said = []
-    ours = table[(table["kernel"] == "auto") & table["speed_up"].notna()]
+    named = table.assign(model=tables.named_models(table["model"], table["rig"]))
+    ours = named[(named["kernel"] == "auto") & named["speed_up"].notna()]
     for (model, corpus), group in ours.groupby(["model", "corpus"], sort=False):
-        arms = group.set_index("strategy")
         where = f"{model} on {tables.short(corpus)}"
-        if "minibatch_packing" in arms.index:
-            row = arms.loc["minibatch_packing"]
-            said.append(
-                f"{where}: MiniBatchPacking + PosID is {row['speed_up']:.2f} times as fast as padding, where the waste allows {row['limit']:.2f}; "
-                f"its peak memory is {row['memory_ratio']:.2f} of padding's."
-            )
-        rest = arms.drop(index=["padding", "minibatch_packing"], errors="ignore")
-        rest = rest[~rest.index.str.startswith("trl")]
-        if len(rest):
-            best = rest["speed_up"].idxmax()
-            said.append(
-                f"{where}: the fastest of our other strategies is {STRATEGIES[best].label}, {rest.loc[best, 'speed_up']:.2f} times padding."
-            )
-        for arm, peer in (("minibatch_packing", "trl_padding_free"), ("multipack_posid", "trl_packing_bfd")):
-            if {arm, peer} <= set(arms.index):
-                ratio = arms.loc[arm, "tokens_per_s"] / arms.loc[peer, "tokens_per_s"]
-                said.append(
-                    f"{where}: {STRATEGIES[arm].label} runs at {ratio:.2f} times the real tokens/s of {STRATEGIES[peer].label}."
-                )
+        said += [f"{where}: {sentence}." for sentence in _about_arms(group.set_index("strategy"))]
     if len(by_size) and by_size["reached"].notna().any():
         best = by_size.loc[by_size["reached"].idxmax()]
-        said.append(
-            f"At {best['batch_size']:.0f} examples a batch, {best['reached']:.0%} of the waste has become speed, the most in the curve."
-        )
+        share = f"{best['reached']:.0%} of the waste has become speed"
+        said.append(f"At {best['batch_size']:.0f} examples a batch, {share}, the most in the curve.")
     if cost["fixed_seconds"] > 0:
-        said.append(
-            f"A step costs {cost['fixed_seconds'] * 1e3:.0f} ms before its first slot and {cost['seconds_per_slot'] * 1e6:.2f} µs per slot."
-        )
-    repeated = frame[(frame["status"] == "ok") & (frame["kernel"] == "auto")].groupby(["model", "corpus", "strategy"])[
-        "metrics.step_seconds.p50"
-    ]
-    spreads = (repeated.max() / repeated.min() - 1)[repeated.count() > 1]
-    if len(spreads):
-        said.append(f"Repeating an arm moved its median step time by at most {spreads.max():.1%}.")
+        before, each = cost["fixed_seconds"] * 1e3, cost["seconds_per_slot"] * 1e6
+        said.append(f"A step costs {before:.0f} ms before its first slot and {each:.2f} µs per slot.")
+    spread = _repeat_spread(frame)
+    if pd.notna(spread):
+        said.append(f"Repeating an arm moved its median step time by at most {spread:.1%}.")
     lost = frame[frame["status"] != "ok"]
     return said + [f"{row.strategy} with {row.model}: {row.status}, {row.error}." for row in lost.itertuples()]
+
+
+def _about_arms(arms: pd.DataFrame) -> list[str]:
+    """What one model's arms on one corpus say, by strategy."""
+    said = []
+    if "minibatch_packing" in arms.index:
+        row = arms.loc["minibatch_packing"]
+        said.append(
+            f"MiniBatchPacking + PosID is {row['speed_up']:.2f} times as fast as padding, where the waste allows "
+            f"{row['limit']:.2f}; its peak memory is {row['memory_ratio']:.2f} of padding's"
+        )
+    others = [name for name in arms.index if name not in PAIR and STRATEGIES[name].trl is None]
+    if others:
+        best = arms.loc[others, "speed_up"].idxmax()
+        times = f"{arms.loc[best, 'speed_up']:.2f} times padding"
+        said.append(f"the fastest of our other strategies is {STRATEGIES[best].label}, {times}")
+    for arm, peer in PEERS.items():
+        if {arm, peer} <= set(arms.index):
+            ratio = arms.loc[arm, "tokens_per_s"] / arms.loc[peer, "tokens_per_s"]
+            times = f"{ratio:.2f} times the real tokens/s of {STRATEGIES[peer].label}"
+            said.append(f"{STRATEGIES[arm].label} runs at {times}")
+    return said
+
+
+def _repeat_spread(frame: pd.DataFrame) -> float:
+    """How far apart the median step times of an arm's repeats are, at most, as a share; NaN without repeats."""
+    ok = frame[(frame["status"] == "ok") & (frame["kernel"] == "auto")]
+    same = ["model", "rig", "corpus", "strategy"]
+    seconds = ok.assign(rig=tables.rigs(ok)).groupby(same)["metrics.step_seconds.p50"]
+    return (seconds.max() / seconds.min() - 1)[seconds.count() > 1].max()

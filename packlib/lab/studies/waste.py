@@ -1,208 +1,294 @@
-"""Figures about lengths and plans, for notebooks 01 and 03. Same theme, palette and alt texts as `figures.py`; nothing is trained for them."""
+"""How much of a padded batch is padding? What notebooks 00 and 01 count from lengths alone, before anything is trained.
+
+Waste is slots per real token: 2 means that half of what a model computes is thrown away. One table per question, one
+row per point.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
-from packlib.lab import plan_study
+from packlib import plans
+from packlib.lab import figures
 from packlib.lab.advice import Advice
-from packlib.lab.figures import label, new, speed_up_bars, style
+from packlib.lab.corpora import load_corpus
+from packlib.lab.figures import COLORS, Picture
+from packlib.lab.strategies import STRATEGIES, plan_for
 from packlib.plans import Plan
 
-_COLORS = sns.color_palette("colorblind", 10)
-_MARKERS = "oDs^vP"
+Line = list[tuple[int, int]]  # a line of a picture: (example, tokens) from left to right
+PADDING = -1  # the example of a pad
+FOREIGN = to_rgb("#d55e00")  # attention to another example
+PAGE_EXAMPLES, PAGE_TOKENS = 6, 14  # what fits a picture
 
 
-def length_histograms(lengths: Mapping[str, np.ndarray]) -> Figure:
+# Tables
+
+
+def strategy_table(lengths: Sequence[int], *, batch_size: int, seed: int = 0) -> pd.DataFrame:
+    """Every strategy as a plan, a layout and a boundary, and the slots that it needs for examples of these lengths.
+
+    batch_size: examples of a mini-batch. A row has room for the longest example.
+    """
+    rows = {}
+    for strategy in STRATEGIES.values():
+        plan = plan_for(strategy, lengths, batch_size=batch_size, max_tokens=max(lengths), seed=seed)
+        rows[strategy.name] = {
+            "in words": strategy.label,
+            "plan": strategy.planner.__name__ if strategy.trl is None else "TRL's own",
+            "layout": strategy.layout,
+            "boundary": strategy.boundary,
+            "slots": plan.report(lengths, strategy.layout).slots,
+        }
+    return pd.DataFrame(rows).T.rename_axis("strategy")
+
+
+def waste_by_batch_size(lengths: np.ndarray, batch_sizes: Sequence[int], seed: int = 0) -> pd.DataFrame:
+    """Waste of random padded mini-batches, of group-by-length and of packing: `batch_size, strategy, waste`."""
+    rows = []
+    for size in batch_sizes:
+        padded = plans.shuffled_batches(lengths, size, seed=seed).report(lengths, "padded").waste
+        grouped = plans.length_grouped_batches(lengths, size, seed=seed).report(lengths, "padded").waste
+        rows += [(size, "padding", padded), (size, "group_by_length", grouped), (size, "minibatch_packing", 1.0)]
+    return pd.DataFrame(rows, columns=["batch_size", "strategy", "waste"])
+
+
+def capacity_table(lengths: np.ndarray, capacities: Sequence[int]) -> pd.DataFrame:
+    """What rows of some capacities (tokens) lose by truncation, and how full best fit packs what is left.
+
+    Columns `max_tokens`, `cut_examples, lost_tokens` (shares), `fill`, `rows`.
+    """
+    rows = []
+    for capacity in capacities:
+        kept = np.minimum(lengths, capacity)
+        report = plans.best_fit_decreasing(kept, capacity, overflow="error").report(kept)
+        cut, lost = (lengths > capacity).mean(), 1 - kept.sum() / lengths.sum()
+        rows.append((capacity, cut, lost, report.capacity_fill, report.rows))
+    return pd.DataFrame(rows, columns=["max_tokens", "cut_examples", "lost_tokens", "fill", "rows"])
+
+
+def tokenizer_table(
+    corpus: str, tokenizers: Sequence[str], *, batch_size: int, max_tokens: int, limit: int | None = None
+) -> pd.DataFrame:
+    """The same text under several tokenizers: lengths in tokens, padding's waste, the share lost, packed rows.
+
+    batch_size: examples of a mini-batch. max_tokens: capacity of a row, where examples are truncated.
+    limit: examples of the corpus, a seeded subset.
+    """
+    rows = []
+    for name in tokenizers:
+        loaded = load_corpus(corpus, tokenizer=name, limit=limit)
+        n = loaded.lengths
+        kept = np.minimum(n, max_tokens)
+        row = {
+            "tokenizer": name,
+            "vocabulary": loaded.vocab_size,
+            "tokens": int(n.sum()),
+            "mean": n.mean(),
+            "p99": np.percentile(n, 99),
+            "std / mean": n.std() / n.mean(),
+            "padding waste": plans.shuffled_batches(kept, batch_size).report(kept, "padded").waste,
+            "lost tokens": 1 - kept.sum() / n.sum(),
+            "packed rows": len(plans.best_fit_decreasing(kept, max_tokens, overflow="error")),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def page_sized(lengths: np.ndarray, seed: int = 0) -> list[int]:
+    """A few of these lengths, drawn and scaled down so that a picture of them fits a page."""
+    few = np.random.default_rng(seed).choice(lengths, PAGE_EXAMPLES, replace=False)
+    return [int(n) for n in np.ceil(few / few.max() * PAGE_TOKENS)]
+
+
+# Figures
+
+
+def length_histograms(lengths: Mapping[str, np.ndarray]) -> Picture:
     """Where the examples are and where the tokens are, over length on a log scale: one panel per corpus."""
-    tops = {name: np.sort(n)[::-1] for name, n in lengths.items()}
-    share = {name: n[: max(len(n) // 10, 1)].sum() / n.sum() for name, n in tops.items()}
-    found = ", ".join(
-        f"{name}: the longest tenth of the examples holds {part:.0%} of the tokens" for name, part in share.items()
-    )
-    figure, axes = new(5.8 * len(lengths), 4.2, f"Histograms of length. {found}", len(lengths))
+    share = {name: _share_of_longest_tenth(n) for name, n in lengths.items()}
+    told = [f"{name}: the longest tenth of the examples holds {part:.0%} of the tokens" for name, part in share.items()]
+    alt = f"Histograms of length. {', '.join(told)}"
+    figure, axes = figures.new(5.8 * len(lengths), 4.2, alt, len(lengths))
     for ax, (name, n) in zip(axes, lengths.items()):
-        edges = np.unique(np.geomspace(n.min(), n.max() + 1, 31).round())
-        ax.hist(n, edges, weights=np.full(len(n), 100 / len(n)), color=_COLORS[7], label="examples")
+        edges = np.unique(np.geomspace(n.min(), n.max() + 1, 31).round()).tolist()
+        ax.hist(n, edges, weights=np.full(len(n), 100 / len(n)), color=COLORS[7], label="examples")
+        share_of_tokens = 100 * n / n.sum()
         ax.hist(
-            n,
-            edges,
-            weights=100 * n / n.sum(),
-            histtype="step",
-            linewidth=2,
-            hatch="//",
-            color=_COLORS[0],
-            label="tokens",
+            n, edges, weights=share_of_tokens, histtype="step", linewidth=2, hatch="//", color=COLORS[0], label="tokens"
         )
         ax.axvline(n.mean(), color="black", linestyle="--", linewidth=1.4, label=f"mean, {n.mean():.0f} tokens")
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:g}")
+        figures.log2_axis(ax)
         ax.set_title(f"{name}: the longest tenth holds {share[name]:.0%} of the tokens", fontsize=11)
         ax.set(xlabel="tokens per example", ylabel="share (%)")
         ax.legend()
     return figure
 
 
-def waste_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """Slots per real token against batch size: padding, group-by-length and packing; one panel per corpus (`waste_by_batch_size`)."""
+def _share_of_longest_tenth(lengths: np.ndarray) -> float:
+    longest_first = np.sort(lengths)[::-1]
+    return longest_first[: max(len(lengths) // 10, 1)].sum() / lengths.sum()
+
+
+def slots_picture(plan: Plan, lengths: Sequence[int]) -> Picture:
+    """One plan of mini-batches (up to 8 short examples) in three ways: its slots, and who attends to whom.
+
+    Padded; packed without boundaries; packed with a boundary at each example.
+    """
+    padded, flat = plan.report(lengths, "padded"), plan.report(lengths)
+    # 1. One line an example, filled up with padding, or one line a mini-batch.
+    apart: dict[str, Line] = {}
+    together: dict[str, Line] = {}
+    for i, row in enumerate(plan, 1):
+        sizes = [(segment.example, lengths[segment.example]) for segment in row]
+        longest = max(n for _, n in sizes)
+        together[f"mini-batch {i}"] = sizes
+        for j, (example, n) in enumerate(sizes, 1):
+            apart[f"mini-batch {i}, line {j}"] = [(example, n), (PADDING, longest - n)]
+    # 2. The slots on the left, the attention of the first mini-batch on the right.
+    alt = f"{padded.examples} examples: {padded.slots} slots padded, {flat.slots} packed; "
+    alt += "who attends to whom without and with boundaries"
+    ratios = (len(apart) * 0.7, 3, 3)
+    figure, axes = figures.new(11, 8, alt, 2, 3, width_ratios=(3, 1), height_ratios=ratios)
+    tokens, fill = f"{padded.slots} slots for {padded.real_tokens} tokens", f"(fill {padded.fill:.2f})"
+    packed = f"{flat.slots} slots (fill {flat.fill:.2f})"
+    _draw_slots(axes[0], apart, True, f"Padded: {tokens} {fill}")
+    _draw_slots(axes[2], together, False, f"Packed, no boundaries: {packed}")
+    _draw_slots(axes[4], together, True, f"Packed, a boundary at each example: {packed}")
+    first = list(apart.values())[: len(plan[0])]
+    _draw_attention(axes[1], first, True)
+    _draw_attention(axes[3], [together["mini-batch 1"]], False)
+    _draw_attention(axes[5], [together["mini-batch 1"]], True)
+    for ax in axes[::2]:
+        ax.set_xlim(0, max(plan.row_lengths) + 0.3)
+    return figure
+
+
+def _draw_slots(ax: Axes, lines: Mapping[str, Line], boundary: bool, title: str) -> None:
+    edge = "black" if boundary else "none"
+    for y, line in enumerate(lines.values()):
+        left = 0
+        for example, tokens in line:
+            if example == PADDING:
+                ax.barh(y, tokens, left=left, color=figures.PAD, hatch="////", edgecolor="0.7", zorder=1)
+            else:
+                color = figures.EXAMPLES[example % 8]
+                ax.barh(y, tokens, left=left, color=color, edgecolor=edge, linewidth=2, zorder=2)
+                ax.text(left + tokens / 2, y, chr(65 + example), ha="center", va="center", fontsize=11)
+            left += tokens
+    ax.set(title=title, xlabel="slots", ylim=(len(lines) - 0.45, -0.55))
+    ax.set_yticks(range(len(lines)), list(lines))
+    ax.grid(axis="y", visible=False)
+
+
+def _draw_attention(ax: Axes, lines: Sequence[Line], boundary: bool) -> None:
+    image, foreign, scores = attention_image(lines, boundary)
+    ax.imshow(image)
+    xlabel = f"key: {scores} scores,\n{foreign or 'none'} to other examples"
+    ax.set(xticks=[], yticks=[], ylabel="query", xlabel=xlabel, title="Mini-batch 1")
+    ax.grid(False)
+
+
+def attention_image(lines: Sequence[Line], boundary: bool) -> tuple[np.ndarray, int, int]:
+    """Who attends to whom in these lines, one below the other.
+
+    Returns a picture, float [T, T, 3], how many scores are between different examples, and how many there are.
+
+    >>> attention_image([[(0, 1), (1, 2)]], boundary=False)[1:], attention_image([[(0, 1), (1, 2)]], boundary=True)[1:]
+    ((2, 6), (0, 4))
+    """
+    owner = np.concatenate([np.repeat([e for e, _ in line], [n for _, n in line]) for line in lines])
+    line = np.repeat(np.arange(len(lines)), [sum(n for _, n in row) for row in lines])
+    causal = np.tri(len(owner), dtype=bool) & (line[:, None] == line)
+    real, same = (owner >= 0)[:, None] & (owner >= 0), owner[:, None] == owner
+    seen = causal & real & (same | (not boundary))
+    image = np.ones((*seen.shape, 3))
+    image[causal & ~real] = figures.PAD
+    image[seen] = figures.EXAMPLES[owner[np.nonzero(seen)[0]] % 8]
+    image[seen & ~same] = FOREIGN
+    return image, int((seen & ~same).sum()), int(seen.sum())
+
+
+def waste_curves(tables: Mapping[str, pd.DataFrame]) -> Picture:
+    """Slots per real token against batch size, one panel per corpus (`waste_by_batch_size`)."""
     worst = {name: t[t["strategy"] == "padding"].sort_values("batch_size").iloc[-1] for name, t in tables.items()}
-    alt = "; ".join(
+    told = [
         f"{name}: padding spends {w['waste']:.2f} slots on a token at batch size {w['batch_size']:.0f}"
         for name, w in worst.items()
-    )
-    figure, axes = new(5.6 * len(tables), 4.2, alt, len(tables), sharey=True)
+    ]
+    figure, axes = figures.new(5.6 * len(tables), 4.2, "; ".join(told), len(tables), sharey=True)
     for ax, (name, table) in zip(axes, tables.items()):
         for strategy, rows in table.groupby("strategy", sort=False):
-            color, _, marker = style(strategy)
-            ax.plot(rows["batch_size"], rows["waste"], color=color, marker=marker, markersize=7, label=label(strategy))
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.set(
-            title=f"{name}: {worst[name]['waste']:.2f} slots per token at {worst[name]['batch_size']:.0f}",
-            xlabel="examples per mini-batch",
-        )
+            color, _, marker = figures.style(strategy)
+            known = figures.label(strategy)
+            ax.plot(rows["batch_size"], rows["waste"], color=color, marker=marker, markersize=7, label=known)
+        figures.log2_axis(ax)
+        at = f"{worst[name]['waste']:.2f} slots per token at {worst[name]['batch_size']:.0f}"
+        ax.set(title=f"{name}: {at}", xlabel="examples per mini-batch")
     axes[0].set(ylabel="slots per real token (1 = no waste)", ylim=(0.9, None))
     axes[-1].legend()
     return figure
 
 
-def capacity_curves(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """What a capacity loses and how full it packs, against the capacity (`capacity_table`): one line per corpus."""
-    alt = "; ".join(
-        f"{name}: {t['lost_tokens'].iloc[0]:.0%} of the tokens lost at {t['max_tokens'].iloc[0]}"
-        for name, t in tables.items()
-    )
-    figure, (lost, fill) = new(11.5, 4.2, f"Tokens lost and fill by capacity. {alt}", 2)
+def capacity_curves(tables: Mapping[str, pd.DataFrame]) -> Picture:
+    """What a capacity loses and how full it packs, against the capacity: one line per corpus (`capacity_table`)."""
+    told = [
+        f"{name}: {table['lost_tokens'].iloc[0]:.0%} of the tokens lost at {table['max_tokens'].iloc[0]}"
+        for name, table in tables.items()
+    ]
+    figure, (lost, fill) = figures.new(11.5, 4.2, f"Tokens lost and fill by capacity. {'; '.join(told)}", 2)
     for i, (name, table) in enumerate(tables.items()):
-        look = {"color": _COLORS[i], "marker": _MARKERS[i % 6], "markersize": 7, "label": name}
-        lost.plot(table["max_tokens"], 100 * table["lost_tokens"], **look)
-        fill.plot(table["max_tokens"], table["fill"], **look)
+        color, marker = COLORS[i % len(COLORS)], figures.MARKERS[i % 6]
+        for ax, values in ((lost, 100 * table["lost_tokens"]), (fill, table["fill"])):
+            ax.plot(table["max_tokens"], values, color=color, marker=marker, markersize=7, label=name)
     lost.set(title="A small capacity cuts the tail off", ylabel="tokens lost by truncation (%)")
     fill.set(title="A large one packs almost without gaps", ylabel="fill of best-fit rows (tokens / capacity)")
     for ax in (lost, fill):
-        ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_formatter("{x:g}")
+        figures.log2_axis(ax)
         ax.set_xlabel("capacity of a row, max_tokens")
         ax.legend()
     return figure
 
 
-def row_pictures(named: Mapping[str, tuple[Plan, str]], max_tokens: int, columns: int = 3) -> Figure:
-    """Rows of plans, name -> (plan, layout): each segment a block coloured by its example's number, padding hatched, the capacity dashed."""
-    count = -(-len(named) // columns)
-    figure, axes = plt.subplots(
-        count, columns, figsize=(4.6 * columns, 2.6 * count), squeeze=False, layout="constrained"
-    )
-    figure.alt = "Rows of each planner as coloured blocks: " + ", ".join(
-        f"{name} {len(plan)} rows" for name, (plan, _) in named.items()
-    )
-    for ax in axes.flat[len(named) :]:
-        ax.set_visible(False)
-    for ax, (name, (plan, layout)) in zip(axes.flat, named.items()):
-        lines = [[s] for row in plan for s in row] if layout == "padded" else list(plan)
-        widths = (
-            [max(s.stop - s.start for s in row) for row in plan for _ in row]
-            if layout == "padded"
-            else [0] * len(lines)
-        )
-        for y, (line, width) in enumerate(zip(lines, widths)):
-            sizes = [s.stop - s.start for s in line]
-            lefts = np.cumsum([0, *sizes[:-1]])
-            ax.barh(
-                [y] * len(line),
-                sizes,
-                left=lefts,
-                height=0.86,
-                color=[_COLORS[s.example % 10] for s in line],
-                edgecolor="white",
-                linewidth=0.8,
-            )
-            ax.barh(
-                y,
-                max(width - sum(sizes), 0),
-                left=sum(sizes),
-                height=0.86,
-                color="0.93",
-                hatch="////",
-                edgecolor="0.7",
-                linewidth=0,
-            )
-        if layout == "padded":
-            for edge in plan.row_splits[1:-1]:
-                ax.axhline(edge - 0.5, color="black", linewidth=0.8)
-        ax.axvline(max_tokens, color="black", linestyle="--", linewidth=1.2)
-        ax.set_title(f"{name}: {len(plan)} rows", fontsize=11)
-        ax.set(xlim=(0, max_tokens * 1.02), ylim=(len(lines) - 0.4, -0.6), yticks=[], xlabel="tokens")
-        ax.grid(False)
-    return figure
-
-
-def fill_growth(table: pd.DataFrame, marked: int = 1000) -> Figure:
-    """Fill against how many examples are planned at once (`fill_by_chunk`), with `datasets.map`'s default marked."""
-    at = table.loc[(table["chunk"] - marked).abs().idxmin()]
-    title = f"Planned {at['chunk']:,.0f} at a time, rows are {at['fill']:.1%} full; all at once, {table['fill'].iloc[-1]:.2%}"
-    figure, (ax,) = new(8.5, 4.2, title)
-    ax.plot(table["chunk"], 100 * table["fill"], marker="o", markersize=7, color=_COLORS[0])
-    ax.axvline(marked, color=_COLORS[3], linestyle="--", linewidth=1.6)
-    ax.text(
-        marked,
-        100 * table["fill"].iloc[0],
-        f" datasets.map plans {marked:,} at a time",
-        color=_COLORS[3],
-        fontsize=10,
-        va="bottom",
-    )
-    ax.set_xscale("log")
-    ax.set(title=title, xlabel="examples planned at once", ylabel="fill of the rows (%)")
-    return figure
-
-
-def examples_per_row(named: Mapping[str, Plan]) -> Figure:
-    """Examples in each row over the epoch, with the running mean: an order that drifts changes the batch, and its statistics, with time."""
-    figure, axes = new(
-        6 * len(named), 4, "Examples per row over the epoch: " + ", ".join(named), len(named), sharey=True
-    )
-    for i, (ax, (name, plan)) in enumerate(zip(axes, named.items())):
-        x, counts = 100 * np.arange(len(plan)) / len(plan), plan.row_examples
-        ax.plot(x, counts, ".", markersize=4, color=_COLORS[7], alpha=0.6, label="one row")
-        mean = pd.Series(counts).rolling(max(len(plan) // 20, 1), center=True, min_periods=1).mean()
-        ax.plot(x, mean, color=_COLORS[i * 2], linewidth=2.4, label="running mean")
-        ax.set(title=name, xlabel="progress of the epoch (%)", yscale="log")
-        ax.legend()
-    axes[0].set_ylabel("examples per row")
-    return figure
-
-
-def rank_waiting(named: Mapping[str, Plan], world_size: int, steps: int = 40) -> Figure:
-    """Every rank's attention cost over the mean of its step: the highest point of a step is what all ranks wait for."""
-    found = {name: plan_study.slowest_over_mean(plan, world_size) for name, plan in named.items()}
-    alt = ", ".join(f"{name}: slowest rank {value:.2f} times the mean" for name, value in found.items())
-    figure, axes = new(6 * len(named), 4, alt, len(named), sharey=True)
-    for i, (ax, (name, plan)) in enumerate(zip(axes, named.items())):
-        costs = plan_study.rank_costs(plan, world_size)[:steps]
-        ax.plot(costs, ".", color="0.6", markersize=5)
-        ax.plot(
-            costs.max(axis=1), color=_COLORS[3 if i == 0 else 0], marker=_MARKERS[i], markersize=5, label="slowest rank"
-        )
-        ax.axhline(1, color="black", linewidth=1)
-        ax.set(title=f"{name}: slowest {found[name]:.2f} × the mean", xlabel="optimiser step")
-        ax.legend(loc="upper right")
-    axes[0].set_ylabel("Σ n² of a rank / mean of the ranks")
-    return figure
-
-
-def predicted_speed_ups(advice: Mapping[str, Advice], title: str) -> Figure:
-    """The advice's speed-ups per corpus with their error, and the limit (padding's slots per real token over the strategy's)."""
+def predicted_speed_ups(advice: Mapping[str, Advice]) -> Picture:
+    """The advice's speed-ups per corpus with their error, and the limit that each strategy's waste sets."""
     rows: list[dict[str, object]] = []
     for corpus, found in advice.items():
+        padding = found.strategies[0]
         for p in found.strategies:
             error = p.speed_up * (p.speed_up_error or 0.0)
-            rows.append({"corpus": corpus, "strategy": p.strategy, "speed_up": p.speed_up, "speed_up_low": p.speed_up - error,
-                         "speed_up_high": p.speed_up + error, "limit": found.strategies[0].waste / p.waste})  # fmt: skip
-    return speed_up_bars(pd.DataFrame(rows), title)
+            row = {"corpus": corpus, "strategy": p.strategy, "speed_up": p.speed_up}
+            row |= {"speed_up_low": p.speed_up - error, "speed_up_high": p.speed_up + error}
+            rows.append(row | {"limit": padding.waste / p.waste})
+    best = {name: max(p.speed_up for p in found.strategies) for name, found in advice.items()}
+    title = "Predicted: up to " + ", ".join(f"{value:.2f} × on {name}" for name, value in best.items())
+    return figures.bars_with_limits(pd.DataFrame(rows), title)
+
+
+# Findings
+
+
+def findings(
+    advice: Mapping[str, Advice], by_tokenizer: pd.DataFrame, compared: pd.DataFrame, *, batch_size: int
+) -> list[str]:
+    """Sentences of notebook 01, every number computed.
+
+    advice: by corpus, the first of them the one of `by_tokenizer` (`tokenizer_table`). compared: `costs.held_out`.
+    """
+    said = [f"{name}, {batch_size} examples a mini-batch: {answer.recommendation}" for name, answer in advice.items()]
+    few = by_tokenizer.loc[by_tokenizer["vocabulary"].idxmin()]
+    many = by_tokenizer.loc[by_tokenizer["vocabulary"].idxmax()]
+    said.append(
+        f"{next(iter(advice))}: from {few['tokenizer']} to {many['tokenizer']} the text shrinks from "
+        f"{few['tokens']:,} to {many['tokens']:,} tokens; padding's waste goes from {few['padding waste']:.2f} to "
+        f"{many['padding waste']:.2f}."
+    )
+    if len(compared):
+        worst = compared["error"].abs().max()
+        said.append(f"Predicted from the other strategies, speed-ups are within {worst:.0%} of the measured ones.")
+    return said

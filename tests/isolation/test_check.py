@@ -1,0 +1,149 @@
+"""Known answers: what is isolated, what leaks and where, in float32 and bfloat16; gradients."""
+
+import pytest
+import torch
+
+from packlib.attention import flash_stand_in, register_attention
+from packlib.isolation import ContaminationError, check_equivalence, check_isolation
+from packlib.isolation.probe import packed_batch
+from packlib.lab.small_models import small_model
+
+ISOLATED = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+    "phi",
+    "phi3",
+    "granite",
+    "olmo2",
+    "starcoder2",
+    "mixtral",
+    "qwen2_moe",
+]
+LEAKING = {
+    "opt": "attention",
+    "falcon": "attention",
+    "bloom": "attention",
+    "mpt": "attention",
+    "mamba": "state",
+    "mamba2": "state",
+    "jamba": "state",
+    "recurrent_gemma": "convolution",
+    "rwkv": "state",
+    "gpt_oss": "attention",
+    "bert": "attention",
+}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    register_attention()
+
+
+def off_diagonal(table):
+    return [x for i, row in enumerate(table) for j, x in enumerate(row) if i != j]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model_type", ISOLATED)
+def test_isolated(model_type, dtype):
+    report = check_isolation(small_model(model_type, dtype=dtype), strict=True)
+    assert report.verdict in ("exact", "rounding") and report.isolated and report.starts_at is None
+    assert max(off_diagonal(report.gradient)) == 0 and report.error <= 8 * max(
+        report.noise, torch.finfo(dtype).eps * report.scale
+    )
+    if model_type not in ("mixtral", "qwen2_moe"):
+        assert report.verdict == "exact" and max(off_diagonal(report.influence)) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("model_type", LEAKING)
+def test_leaks_are_found_and_named(model_type, dtype):
+    model = small_model(model_type, dtype=dtype)
+    report = check_isolation(model)
+    assert report.verdict == "leak" and not report.isolated
+    assert report.culprit == LEAKING[model_type] and ".0." in report.starts_at  # the first layer already
+    assert max(off_diagonal(report.influence)) > 16 * report.noise
+    with pytest.raises(ContaminationError, match=rf"LEAK.*starts at {report.starts_at}"):
+        check_isolation(model, strict=True)
+
+
+def test_leak_has_a_direction():
+    """In a causal model only what comes before can be seen."""
+    report = check_isolation(small_model("opt"))
+    assert all(report.influence[i][j] == 0 for i in range(4) for j in range(i + 1, 4)) and report.influence[1][0] > 0
+
+
+def test_shifted_positions_are_no_leak():
+    with flash_stand_in():
+        report = check_isolation(small_model("roberta", "flash_attention_2"))
+    assert report.verdict == "shifted" and report.isolated and report.culprit == "positions"
+    assert max(off_diagonal(report.influence)) == 0
+
+
+def test_a_refusal_is_neither_a_leak_nor_isolation():
+    def position_ids_alone(examples):
+        batch = packed_batch(examples)
+        return {name: batch[name] for name in ("input_ids", "position_ids", "use_cache")}
+
+    report = check_isolation(small_model("llama", "packlib_varlen"), batch_builder=position_ids_alone, strict=True)
+    assert (
+        report.verdict == "refused" and "no boundaries reached the attention" in report.reason and not report.isolated
+    )
+    assert "REFUSED" in str(report)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flex", "reference"])
+def test_kernels(kernel):
+    model = small_model("mistral")
+    report = check_isolation(model, kernel=kernel)
+    assert report.verdict == "exact" and report.attention == f"packlib_{kernel}"
+    assert (report.gradient is None) == (kernel == "flex")
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_model_is_left_as_it_was():
+    model = small_model("llama").train()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    check_isolation(model, kernel="reference")
+    check_equivalence(model, [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("lengths", [[1, 1], [40, 1, 3], [8, 8, 8, 8, 8]])
+def test_any_lengths(lengths):
+    assert check_isolation(small_model("llama"), lengths=lengths).verdict == "exact"
+
+
+def test_bad_input():
+    model = small_model("llama")
+    with pytest.raises(ValueError, match=r"lengths = \[7\]; expected at least two examples"):
+        check_isolation(model, lengths=[7])
+    with pytest.raises(ValueError, match=r"example 1 \(5 tokens\) is 0 times in batch_builder's input_ids"):
+        check_isolation(model, batch_builder=lambda examples: packed_batch([examples[0]]))
+    with pytest.raises(ValueError, match="model_type = 'lama'; transformers knows"):
+        small_model("lama")
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "phi", "olmo2", "qwen2_moe"]
+)
+@pytest.mark.parametrize("kernel", [None, "sdpa", "reference"])
+def test_gradients_packed_equal_unpacked(model_type, kernel):
+    generator = torch.Generator().manual_seed(0)
+    examples = [{"input_ids": torch.randint(3, 250, (n,), generator=generator).tolist()} for n in (9, 23, 4, 14)]
+    for report in check_equivalence(small_model(model_type), examples, kernel=kernel):
+        assert report.gradient_error <= 1e-5, report
+        assert report.loss_packed == pytest.approx(report.loss_alone, rel=1e-6)
+
+
+def test_gradients_differ_where_there_is_a_leak():
+    examples = [{"input_ids": list(range(5, 5 + n))} for n in (9, 12)]
+    assert all(r.gradient_error > 0.01 for r in check_equivalence(small_model("opt"), examples))

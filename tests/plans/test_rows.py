@@ -1,0 +1,173 @@
+"""`Plan.apply`: every token, label and column of a data set ends where the plan says, and plain TRL trains on it."""
+
+import logging
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packlib.collators import FlatteningCollator
+from packlib.plans import best_fit_decreasing, fixed_length, rows
+
+LENGTHS = np.random.default_rng(0).integers(1, 60, 300)
+
+
+def examples(lengths, **columns):
+    """Token t of example i is 1000 · i + t, so that a misplaced token shows."""
+    ids = [[1000 * i + t for t in range(n)] for i, n in enumerate(lengths)]
+    return Dataset.from_dict({"input_ids": ids, **columns})
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), size=st.integers(1, 50), atom=st.none() | st.integers(1, 20))
+def test_loss_tokens_are_exact_where_examples_are_cut(data, size, atom):
+    lengths = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=15))
+    loss = [data.draw(st.integers(0, n - 1)) for n in lengths]
+    labels = [[-100] * (n - k) + [1] * k for n, k in zip(lengths, loss)]
+    plan = fixed_length(lengths, size, atom_size=atom)
+    packed = plan.apply(examples(lengths, labels=labels))
+    assert plan.report(lengths, loss_tokens=loss).loss_tokens == sum(
+        label != -100 for row in packed["labels"] for label in row
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), capacity=st.integers(1, 70), seed=st.integers(0, 99))
+def test_apply_moves_every_token_of_sliced_and_shuffled_data(data, capacity, seed):
+    lengths = data.draw(st.lists(st.integers(1, 30), min_size=2, max_size=20))
+    labels = [[-100 if t % 3 else t for t in range(n)] for n in lengths]
+    full = examples(
+        lengths,
+        labels=labels,
+        task=[f"task {i}" for i in range(len(lengths))],
+        weight=[[i] * n for i, n in enumerate(lengths)],
+    )
+    first = data.draw(st.integers(0, len(lengths) - 1))
+    dataset = full.shuffle(seed=seed).select(range(first, len(lengths)))
+    if data.draw(st.booleans()):
+        dataset = dataset.select(range(len(dataset))[::-1])
+    sizes = [len(ids) for ids in dataset["input_ids"]]
+    plan = best_fit_decreasing(sizes, capacity, overflow="split", seed=seed)
+    packed = plan.apply(dataset)
+    assert packed.column_names == ["input_ids", "labels", "task", "weight", "seq_lengths"]
+    source, table = dataset[:], packed[:]
+    for i, row in enumerate(plan):
+        for column in ("input_ids", "weight"):
+            assert table[column][i] == [t for s in row for t in source[column][s.example][s.start : s.stop]]
+        assert table["labels"][i] == [
+            t for s in row for t in [-100, *source["labels"][s.example][s.start + 1 : s.stop]]
+        ]
+        assert table["task"][i] == [source["task"][s.example] for s in row]
+        assert table["seq_lengths"][i] == [s.stop - s.start for s in row]
+
+
+def test_apply_in_several_pieces(monkeypatch):
+    dataset, plan = examples(LENGTHS), best_fit_decreasing(LENGTHS, 97, overflow="error")
+    whole = plan.apply(dataset)
+    monkeypatch.setattr(rows, "PIECE", 500)
+    pieces = plan.apply(dataset)
+    assert pieces.data.num_rows == len(plan)
+    assert len(pieces.data.column("input_ids").chunks) > 10
+    assert pieces[:] == whole[:]
+
+
+def test_apply_accepts_large_lists_and_keeps_other_dtypes():
+    import pyarrow as pa
+
+    table = pa.table(
+        {"input_ids": pa.array([[1, 2, 3], [4, 5]], pa.large_list(pa.int32())), "score": pa.array([0.5, 1.5])}
+    )
+    packed = best_fit_decreasing([3, 2], 5, overflow="error").apply(Dataset(table))
+    assert packed[:] == {
+        "input_ids": [[1, 2, 3, 4, 5]],
+        "score": [[0.5, 1.5]],
+        "labels": [[-100, 2, 3, -100, 5]],
+        "seq_lengths": [[3, 2]],
+    }
+    assert packed.features["input_ids"].feature.dtype == "int32"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"labels": [[1, 2, 3], [1]]}, "labels of example 1 covers 1 tokens; expected 2"),
+        ({"attention_mask": [[1, 1, 1], [1, 0]]}, "attention_mask of example 1 has zeros"),
+        ({"attention_mask": [[1, 1], [1, 1]]}, "attention_mask of example 0 covers 2 tokens; expected 3"),
+        ({"seq_lengths": [[3], [2]]}, "packed already"),
+    ],
+)
+def test_apply_names_the_example_that_does_not_fit(columns, message):
+    with pytest.raises(ValueError, match=message):
+        best_fit_decreasing([3, 2], 5, overflow="error").apply(examples([3, 2], **columns))
+
+
+def test_apply_refuses_other_data():
+    plan = best_fit_decreasing([3, 2], 5, overflow="error")
+    with pytest.raises(ValueError, match="expected those that were planned"):
+        plan.apply(examples([2, 3]))
+    with pytest.raises(ValueError, match=r"dataset has columns \['text'\]"):
+        plan.apply(Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(ValueError, match=r"lengths\[1\] = 0"):
+        plan.apply(examples([3, 0]))
+    assert plan.apply(examples([3, 2], attention_mask=[[1, 1, 1], [1, 1]])).column_names == [
+        "input_ids",
+        "labels",
+        "seq_lengths",
+    ]
+
+
+def test_packed_rows_go_through_our_collator():
+    plan = best_fit_decreasing(LENGTHS, 97, overflow="error")
+    row = plan.apply(examples(LENGTHS))[0]
+    batch = FlatteningCollator()([row])
+    assert batch["cu_seq_lens_q"].tolist() == [0, *np.cumsum(row["seq_lengths"])]
+    assert batch["labels"][0].tolist() == row["labels"]
+
+
+def test_a_packed_data_set_trains_in_plain_trl(tmp_path):
+    """TRL's own collator and trainer; the first step's loss is the loss of the same examples one at a time."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
+
+    logging.disable(logging.WARNING)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, 20, 24)
+    ids = [rng.integers(3, 50, n).tolist() for n in lengths]
+    dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    plan = best_fit_decreasing(lengths, 40, overflow="error")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    )
+    with torch.no_grad():
+        outputs = [
+            model(input_ids=torch.tensor([ids[s.example]]), labels=torch.tensor([ids[s.example]])).loss * (s.stop - 1)
+            for s in plan[0]
+        ]
+        row = torch.tensor([[t for s in plan[0] for t in ids[s.example]]])
+        labels = torch.tensor([plan.apply(dataset)[0]["labels"]])
+        contaminated = float(model(input_ids=row, labels=labels).loss)
+    alone = float(sum(outputs) / sum(s.stop - 1 for s in plan[0]))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")), pad_token="a", eos_token="a"
+    )
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(
+            output_dir=str(tmp_path), padding_free=True, per_device_train_batch_size=1, max_steps=3, train_sampling_strategy="sequential",
+            max_length=None, logging_steps=1, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no",
+        ),
+        train_dataset=plan.apply(dataset),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    logging.disable(logging.NOTSET)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3
+    assert losses[0] == pytest.approx(alone, abs=1e-4)
+    assert contaminated != pytest.approx(alone, abs=1e-4)
