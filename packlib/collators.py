@@ -48,7 +48,8 @@ class FlatteningCollator:
 
     Returns a dict of `input_ids`, `labels`, `position_ids` int64 [1, T]; `seq_idx` int32 [1, T] (segment number of each
     token); `cu_seq_lens_q`, `cu_seq_lens_k` int32 [segments + 1] (one tensor); `max_length_q`, `max_length_k` int; and,
-    where there are pads, `pad_tokens` int, their number. Never an attention_mask: with one, transformers takes the mask
+    with `pad_to_multiple_of`, `pad_tail` True, for attention that has to know. Never an attention_mask: with one,
+    transformers takes the mask
     and drops the boundaries. All tensors on the CPU. O(T), no per-token Python for arrays.
 
     Raises `ValueError`, naming the feature's index: no tokens, labels or boundaries that do not fit or contradict each
@@ -101,8 +102,8 @@ class FlatteningCollator:
         batch: dict[str, torch.Tensor | int] = {name: torch.from_numpy(flat)[None] for name, flat in arrays.items()}
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = cu_seqlens
         batch["max_length_q"] = batch["max_length_k"] = max_seqlen
-        if tail:
-            batch["pad_tokens"] = tail
+        if self.pad_to_multiple_of:
+            batch["pad_tail"] = True  # not its length: compiled layers would be compiled for each
         return batch
 
     def _empty_segments(self, ends: np.ndarray) -> np.ndarray:
@@ -122,7 +123,8 @@ class PaddingCollator:
 
     Takes the same features as `FlatteningCollator` (a packed row becomes as many lines as it has segments) and raises
     the same errors. Returns `input_ids`, `labels` (-100 on the first token of a line and on pads), `attention_mask`,
-    int64 [B, T] on the CPU.
+    int64 [B, T] on the CPU; without `with_mask` `position_ids` and no mask, which causal attention does not need: no
+    token sees the pads behind it.
 
     >>> batch = PaddingCollator(pad_token_id=9)([{"input_ids": [1, 2, 3], "seq_lengths": [1, 2]}])
     >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist()
@@ -131,6 +133,7 @@ class PaddingCollator:
 
     pad_token_id: int = 0
     pad_to_multiple_of: int | None = None
+    with_mask: bool = True
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
         rows = _concatenate(features)
@@ -141,7 +144,11 @@ class PaddingCollator:
         mask = np.arange(width) < lengths[:, None]
         input_ids, labels = np.full(mask.shape, self.pad_token_id), np.full(mask.shape, IGNORE_INDEX)
         input_ids[mask], labels[mask] = rows.tokens, rows.labels
-        batch = {"input_ids": input_ids, "labels": labels, "attention_mask": mask.astype(np.int64)}
+        batch = {"input_ids": input_ids, "labels": labels}
+        if self.with_mask:
+            batch["attention_mask"] = mask.astype(np.int64)
+        else:
+            batch["position_ids"] = np.broadcast_to(np.arange(width), mask.shape).copy()
         return {name: torch.from_numpy(padded) for name, padded in batch.items()}
 
 

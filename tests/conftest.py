@@ -13,6 +13,17 @@ for name in ("PACKLIB_DATA", "PACKLIB_UNTIL", "PACKLIB_CONCURRENT_RUNS", "PACKLI
     os.environ.pop(name, None)
 
 
+# The files that take longest, begun first, so that no process waits for another's last file.
+LONGEST = ("tests/notebooks/test_notebooks.py", "tests/notebooks/", "tests/lab/test_experiment.py", "tests/lab/")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return next((i for i, name in enumerate(LONGEST) if item.nodeid.startswith(name)), len(LONGEST))
+
+    items.sort(key=place)  # stable: tests of a file stay in their order
+
+
 @pytest.fixture(scope="session", autouse=True)
 def orphans_are_seen():
     processes.adopt_orphans()

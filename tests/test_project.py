@@ -1,4 +1,4 @@
-"""The project's files agree, with each other and with what they promise. What a check looks for, it is shown to find."""
+"""The project's files agree with each other and with what they promise. What a check looks for, it is shown to find."""
 
 import ast
 import os
@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import nbformat
@@ -31,7 +32,7 @@ README = read("README.md")
 PYPROJECT = tomllib.loads(read("pyproject.toml"))
 PROJECT = PYPROJECT["project"]
 CONDA_NAMES = {"torch": "pytorch-gpu"}
-PIP_ONLY = {"gguf"}  # comes with `pip install -e .[lab,liger]` in environment.yml
+PIP_ONLY = {"gguf"}  # comes with `pip install -e .[lab,liger,float8]` in environment.yml
 MACHINE_PATH = re.compile(r"(?<![\w.:/~])/(?:work|root|home/\w+|Users/\w+)/")
 REGISTRY = re.compile(
     r"https?://[^\s/]*(?:pypi|pythonhosted|conda|registry|mirror|artifactory|nexus|proxy)|--(?:extra-)?index-url"
@@ -45,6 +46,7 @@ def requirements(lines):
 
 
 LAB = requirements(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["lab"])
+GPU = requirements(PROJECT["optional-dependencies"]["liger"] + PROJECT["optional-dependencies"]["float8"])
 ENVIRONMENT = yaml.safe_load(read("environment.yml"))
 CONDA = requirements(line for line in ENVIRONMENT["dependencies"] if isinstance(line, str))
 PINS = requirements(line for line in read("constraints.txt").splitlines() if not line.startswith("#"))
@@ -71,7 +73,7 @@ def test_environment_has_every_dependency_with_the_same_bound(name):
 
 
 def test_what_conda_does_not_have_comes_with_pip():
-    assert {"pip": ["-e .[lab,liger]"]} in ENVIRONMENT["dependencies"]
+    assert {"pip": ["-e .[lab,liger,float8]"]} in ENVIRONMENT["dependencies"]
     assert LAB.keys() >= PIP_ONLY and not PIP_ONLY & CONDA.keys()
 
 
@@ -91,7 +93,7 @@ def test_environment_has_what_the_project_was_asked_for():
 
 
 def test_constraints_pin_every_dependency_above_its_bound_and_torch_first():
-    wanted = LAB | requirements(PROJECT["optional-dependencies"]["test"] + PROJECT["optional-dependencies"]["liger"])
+    wanted = LAB | requirements(chain(*PROJECT["optional-dependencies"].values()))
     assert next(iter(PINS)) == "torch"
     assert not wanted.keys() - PINS.keys()
     assert not [name for name, bound in wanted.items() if Version(PINS[name]) < Version(bound)]
@@ -288,10 +290,10 @@ def test_readme_lists_every_environment_variable():
 
 CORE = [path for path in MODULES if "lab" not in path.parts and path.stem != "__main__"]
 LAZY = {"rows": {"datasets", "pyarrow"}}  # imported when a data set is at hand
-OWN_EXTRA = {"liger_kernel": "liger-kernel"}  # [liger]
+OWN_EXTRA = {"liger_kernel": "liger-kernel", "torchao": "torchao"}  # [liger], [float8]
 ASKED_FOR = {"sentencepiece"}  # where it is missing, an error says what to install
 COMES_ALONG = {"tokenizers": "transformers"}  # the version that transformers asks for
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"IPython": "ipython", "PIL": "pillow", "yaml": "pyyaml"}
 
 
 def imported(source, *, functions=False):
@@ -332,7 +334,7 @@ def test_every_import_is_a_declared_dependency():
     found = set().union(*(imported(path.read_text(encoding="utf-8"), functions=True) for path in MODULES))
     foreign = found - {"packlib", "packlib.lab"} - ASKED_FOR - OWN_EXTRA.keys() - COMES_ALONG.keys()
     assert {DISTRIBUTIONS.get(name, name) for name in foreign} <= LAB.keys()
-    assert set(OWN_EXTRA.values()) == requirements(PROJECT["optional-dependencies"]["liger"]).keys()
+    assert set(OWN_EXTRA.values()) == GPU.keys()
     unused = LAB.keys() - {DISTRIBUTIONS.get(name, name) for name in found}
     assert unused == {"jupyterlab", "ipywidgets", "gguf"}, "what people run, and what transformers reads .gguf with"
 

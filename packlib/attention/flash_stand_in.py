@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, modeling_flash_attention_utils
 from transformers.integrations import flash_attention
 
 from packlib.attention.cu_seqlens import uniform_segments
-from packlib.attention.kernels import flash_attn_package, varlen_attention
+from packlib.attention.kernels import varlen_attention
 
 
 def _flash_functions(kernel: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
@@ -88,7 +88,6 @@ def flash_stand_in(kernel: str = "auto") -> Iterator[None]:
     varlen kernel) stay transformers' code. Load the model inside the context. Outside it everything is as before; to
     install it for a whole process, enter it on an ExitStack that is never closed.
     """
-    flash_attn_package()  # the real one, if there is one, before its name is taken
     utils = modeling_flash_attention_utils
     package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
     package.__spec__ = ModuleSpec("flash_attn", None)

@@ -12,7 +12,7 @@ boundaries of the same shape compile nothing. There `sdpa` is one opaque operato
 backward computes their scores once more.
 """
 
-import importlib.util
+import importlib
 import inspect
 import logging
 from collections.abc import Callable
@@ -30,6 +30,12 @@ from packlib.attention import flex
 from packlib.attention.cu_seqlens import segment_lengths
 
 logger = logging.getLogger(__name__)
+
+
+def _constant_when_traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.assume_constant_result`, which would import the compiler here and now."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)
@@ -173,25 +179,24 @@ def _same_head_dim(kernel: _Run) -> _Run:
     return padded
 
 
-@torch.compiler.assume_constant_result
-def _varlen_attn() -> tuple[Callable[..., Tensor], frozenset[str]]:
-    """PyTorch's varlen kernel and its options.
+def _import_varlen_attn() -> tuple[Callable[..., Tensor] | None, tuple[str, ...]]:
+    """PyTorch's varlen kernel and its options; None where PyTorch is older than 2.10.
 
     `is_causal` in 2.10, `window_size` from 2.11, `enable_gqa` from 2.12 (2.11 needs no word for it).
     """
-    return _imported_varlen_attn()
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, ()
+    return varlen_attn, tuple(inspect.signature(varlen_attn).parameters)
 
 
-@cache
-def _imported_varlen_attn() -> tuple[Callable[..., Tensor], frozenset[str]]:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+_VARLEN_ATTN, _VARLEN_OPTIONS = _import_varlen_attn()
 
 
 @_same_head_dim
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-    varlen_attn, known = _varlen_attn()
+    known = _VARLEN_OPTIONS
     options: dict[str, object] = {}
     if "window_size" in known:
         options["window_size"] = call.sides  # the default is (-1, -1): not causal
@@ -210,17 +215,11 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         options["scale"] = call.scale
     else:
         q = q * (call.scale * q.shape[-1] ** 0.5)
-    return varlen_attn(q, k, v, call.cu_seqlens, call.cu_seqlens, call.max_seqlen, call.max_seqlen, **options)
+    boundaries = (call.cu_seqlens, call.cu_seqlens, call.max_seqlen, call.max_seqlen)
+    return _VARLEN_ATTN(q, k, v, *boundaries, **options)
 
 
-@torch.compiler.assume_constant_result
-def flash_attn_package() -> Callable[..., Tensor] | None:
-    """`flash_attn_varlen_func` of the installed package (never of `flash_stand_in`), None without it."""
-    return _imported_flash_attn()
-
-
-@cache
-def _imported_flash_attn() -> Callable[..., Tensor] | None:
+def _import_flash_attn() -> Callable[..., Tensor] | None:
     try:
         distribution("flash-attn")
     except PackageNotFoundError:
@@ -228,11 +227,14 @@ def _imported_flash_attn() -> Callable[..., Tensor] | None:
     return importlib.import_module("flash_attn").flash_attn_varlen_func
 
 
+FLASH_ATTN = _import_flash_attn()  # of the installed package (never of `flash_stand_in`), None without it
+
+
 @_same_head_dim
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     boundaries = (call.cu_seqlens, call.cu_seqlens, call.max_seqlen, call.max_seqlen)
     options = {"causal": call.causal, "window_size": call.sides, "softcap": call.softcap or 0.0}
-    return flash_attn_package()(q, k, v, *boundaries, softmax_scale=call.scale, **options)
+    return FLASH_ATTN(q, k, v, *boundaries, softmax_scale=call.scale, **options)
 
 
 def _half_on_ampere(device: torch.device, dtype: torch.dtype) -> str:
@@ -250,12 +252,11 @@ def _anywhere(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _has_torch_varlen(device: torch.device, dtype: torch.dtype) -> str:
-    found = importlib.util.find_spec("torch.nn.attention.varlen")
-    return _half_on_ampere(device, dtype) if found else f"needs PyTorch 2.10, this is {torch.__version__}"
+    return _half_on_ampere(device, dtype) if _VARLEN_ATTN else f"needs PyTorch 2.10, this is {torch.__version__}"
 
 
 def _has_flash_attn(device: torch.device, dtype: torch.dtype) -> str:
-    return _half_on_ampere(device, dtype) if flash_attn_package() else "the flash-attn package is not installed"
+    return _half_on_ampere(device, dtype) if FLASH_ATTN else "the flash-attn package is not installed"
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,7 @@ def _resolve(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
     return kernel
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def resolve_kernel(kernel: str, device: str | torch.device, dtype: torch.dtype) -> str:
     """`kernel` itself, or what "auto" stands for on this device and dtype. ValueError if unknown or without effect."""
     return _resolve(kernel, torch.device(device), dtype)
@@ -360,6 +361,16 @@ def varlen_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     call = Call(cu_seqlens, max_seqlen, causal, window, scale, softcap or None)
     return KERNELS[name].function(query, key, value, call)
+
+
+def rows_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool = True, window: int | None = None, scale: float
+) -> Tensor:
+    """Attention inside each of B rows of one length, by PyTorch's SDPA without a mask: what `sdpa` does with such rows.
+
+    query [B, H, T, D], key and value [B, Hkv, T, D or Dv] -> [B, H, T, Dv].
+    """
+    return _sdpa_segments(query, key, value, Call(query.new_empty(0), query.shape[2], causal, window, scale))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 from packlib.attention.cu_seqlens import segment_lengths
-from packlib.attention.kernels import KERNELS, varlen_attention
+from packlib.attention.kernels import KERNELS, resolve_kernel, rows_attention, varlen_attention
 
 # Arguments of transformers' attention functions that change the result and that no kernel here has.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "alibi")
@@ -85,14 +86,19 @@ class _Request(NamedTuple):
         """`layout` [n] as [1, code, n] without copying: shapes, unlike attributes, reach compiled layers."""
         size = self.window or self.chunk or 0
         kind = 2 if self.chunk else int(self.causal)
-        return layout[None, None].expand(1, 1 + 3 * size + kind, -1)
+        mask = layout[None, None].expand(1, 1 + 3 * size + kind, -1)
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.mark_static(mask, 1)  # a number, not a size that varies
+        return mask
 
     @classmethod
     def decode(cls, mask: Tensor) -> _Request:
-        size, kind = divmod(int(mask.shape[1]) - 1, 3)
+        size, kind = (mask.shape[1] - 1) // 3, (mask.shape[1] - 1) % 3  # divmod is not traced
         if kind == 2:
             return cls(chunk=size)
-        return cls(bool(kind), size or None)
+        if kind == 1:  # a comparison of sizes is no bool where it is traced
+            return cls(True, size or None)
+        return cls(False, size or None)
 
 
 def _mask(
@@ -165,7 +171,7 @@ def _forward(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     position_ids: Tensor | None = None,
-    pad_tokens: int = 0,
+    pad_tail: bool = False,
     **kwargs: Any,
 ) -> Tensor:
     """query [B, H, T, D], key and value [B, Hkv, T, D] -> [B, T, H, D]."""
@@ -182,10 +188,10 @@ def _forward(
         raise ValueError(
             f"{length} queries but {key.shape[2]} keys: packlib_varlen is for training; generate with sdpa"
         )
-    if pad_tokens and _counts_pads(module):
+    if pad_tail and _counts_pads(module):
         raise ValueError(
-            f"the batch has {pad_tokens} pads, which the router loss of {type(module).__name__}'s model would count; "
-            "collate without pad_to_multiple_of, or set output_router_logits = False"
+            f"the batch ends in pads, which the router loss of {type(module).__name__}'s model would count; collate "
+            "without pad_to_multiple_of, or set output_router_logits = False"
         )
     # 2. What the mask asks for, and what the call says.
     ours = attention_mask is not None and attention_mask.ndim == 3
@@ -225,6 +231,12 @@ def _forward(
     dtype = value.dtype
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave q and k in float32
         dtype = torch.get_autocast_dtype(query.device.type)
+    even = cu_seq_lens_q is None and not len(places) and not softcap
+    if even and resolve_kernel(kernel, query.device, dtype) == "sdpa":  # rows of one length need no boundaries
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        rows = (x.to(dtype) for x in (query, key, value))
+        out = rows_attention(*rows, causal=request.causal, window=request.window, scale=scale)
+        return out.transpose(1, 2).contiguous()
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
     padded = len(places) not in (0, batch * length)
     if padded:
@@ -270,6 +282,8 @@ def _refuse_restart(mask: Tensor | None, position_ids: Tensor | None, masked: bo
         if position_ids is not None and position_ids.ndim == 2 and not masked:
             torch._assert_async((position_ids.diff() == 1).all(), _PACKED)
         return
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return  # the same forward ran, and was asked, before it is captured
     positions = getattr(mask, "_packlib_positions", None if masked else position_ids)
     if positions is None or positions.ndim != 2 or getattr(positions, "_packlib_one_by_one", False):
         return

@@ -15,10 +15,11 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from packlib.collators import IGNORE_INDEX
+from packlib.lab.profile import StepProfile
 from packlib.lab.spec import RunSpec
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-COUNTS = ("slots", "tokens", "loss_tokens", "examples")  # tokens: real ones
+COUNTS = ("slots", "tokens", "loss_tokens", "examples", "pairs")  # tokens: real ones; pairs: Σ n² of what attends
 
 
 class Counter:
@@ -30,8 +31,8 @@ class Counter:
 
     def __call__(self, features: list) -> dict[str, Any]:
         batch = self.collator(features)
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        if mask is not None:
+        ids = batch["input_ids"]
+        if len(ids) > 1 or "attention_mask" in batch:
             sequences = len(ids)
         elif all(f.get("seq_lengths") is not None for f in features):
             # a contaminated row has one position 0 for all of its examples
@@ -39,9 +40,11 @@ class Counter:
         else:
             positions: torch.Tensor = batch["position_ids"]
             sequences = int((positions == 0).sum())
-        real = ids.numel() if mask is None else int(mask.sum())
+        real = sum(len(feature["input_ids"]) for feature in features)
         labels: torch.Tensor = batch["labels"][:, 1:]
-        self.batches.append((ids.numel(), real, int((labels != IGNORE_INDEX).sum()), sequences))
+        boundaries = batch.get("cu_seq_lens_q")
+        pairs = ids.numel() * ids.shape[1] if boundaries is None else int((boundaries.long().diff() ** 2).sum())
+        self.batches.append((ids.numel(), real, int((labels != IGNORE_INDEX).sum()), sequences, pairs))
         return batch
 
     def per_step(self, accumulation: int, ends: list[float], per_epoch: int) -> np.ndarray:
@@ -70,6 +73,8 @@ class StepClock(TrainerCallback):
         self, spec: RunSpec, device: torch.device, progress: Callable[[str], None], evaluate: Callable[[], dict] | None
     ) -> None:
         self.spec, self.device, self.progress, self.evaluate = spec, device, progress, evaluate
+        self.watch = StepProfile(device)
+        self.host: list[float] = []  # seconds until the host was done with a step
         self.begins: list[Any] = []
         self.ends: list[Any] = []
         self.evaluations: list[dict[str, float]] = []
@@ -82,6 +87,10 @@ class StepClock(TrainerCallback):
         event.record()
         return event
 
+    def _begin(self) -> None:
+        self.begins.append(self._mark())
+        self.began = time.perf_counter()
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -89,17 +98,31 @@ class StepClock(TrainerCallback):
             torch.cuda.reset_peak_memory_stats()
         else:
             _reset_peak_rss()
-        self.begins.append(self._mark())
+        self._begin()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._last(state):
+            self.watch.start()
+
+    def _last(self, state: TrainerState) -> bool:
+        """Whether the step that follows, or has just ended, is the one that is profiled."""
+        return self.spec.profile and len(self.ends) == self.spec.steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._last(state):
+            self.watch.stop()
+            return
         self.ends.append(self._mark())
+        self.host.append(time.perf_counter() - self.began)
         every = self.spec.eval_every
         if self.evaluate and every and state.global_step % every == 0:
             self.evaluations.append({"step": state.global_step} | self.evaluate())
         if time.monotonic() - self.said > 5:
             self.said = time.monotonic()
             self.progress(f"step {state.global_step}/{state.max_steps}")
-        self.begins.append(self._mark())
+        self._begin()
 
     def seconds(self) -> np.ndarray:
         """Time of each step, begin to end, float64 [steps]."""
@@ -115,7 +138,7 @@ class StepClock(TrainerCallback):
         """
         measured = slice(min(spec.warmup_steps, len(self.ends) - 1), None)
         seconds, counts = self.seconds()[measured], counts[measured]
-        slots, real, predicted, sequences = counts.T
+        slots, real, predicted, sequences, pairs = counts.T
 
         def spread(values: np.ndarray, mean: float) -> dict[str, float]:
             p20, p50, p80 = np.percentile(values, [20, 50, 80])
@@ -135,21 +158,23 @@ class StepClock(TrainerCallback):
             "tokens_per_step": float(real.mean()),
             "slots_per_step": float(slots.mean()),
             "examples_per_step": float(sequences.mean()),
+            "pairs_per_step": float(pairs.mean()),
+            "host_seconds": float(np.mean(self.host[measured])),
+            "profile": self.watch.summary,
         } | _peak_memory(self.device)
 
-    def trace(self, counts: np.ndarray, history: list[dict[str, Any]]) -> dict[str, Any]:
+    def trace(self, counts: np.ndarray, losses: list[float], grad_norms: list[float]) -> dict[str, Any]:
         """Step by step: seconds and COUNTS so far, loss (nats) and gradient norm, and what was evaluated on the way.
 
-        counts: of `Counter.per_step`. history: the trainer's log.
+        counts: of `Counter.per_step`. losses, grad_norms: of `LabTrainer.history`.
         """
-        logged = {entry["step"]: entry for entry in history if "loss" in entry}
-        steps = range(1, len(self.ends) + 1)
+        steps = len(self.ends)
         return {
-            "step": list(steps),
+            "step": list(range(1, steps + 1)),
             "seconds": np.cumsum(self.seconds()).round(6).tolist(),
             **{name: np.cumsum(counts[:, i]).tolist() for i, name in enumerate(COUNTS)},
-            "loss": [logged.get(s, {}).get("loss") for s in steps],
-            "grad_norm": [logged.get(s, {}).get("grad_norm") for s in steps],
+            "loss": losses[:steps],
+            "grad_norm": grad_norms[:steps],
             "evaluations": self.evaluations,
         }
 
@@ -182,6 +207,38 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s of a large copy inside the device's memory, read and written ones together: the best of five."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(6):  # the first one warms up
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.numel() / best
+
+
+def launch_time(device: torch.device, launches: int = 1000) -> float | None:
+    """Seconds that the host takes to launch a kernel that does nothing to speak of; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    one = torch.zeros(1, device=device)
+    for _ in range(100):
+        one.add_(1)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(launches):
+        one.add_(1)
+    seconds = (time.perf_counter() - start) / launches
+    torch.cuda.synchronize()
+    return seconds
 
 
 def _peak_memory(device: torch.device) -> dict[str, int | None]:

@@ -192,8 +192,9 @@ def held_out(runs: Sequence[Record]) -> pd.DataFrame:
 
 def _predicted_turns(runs: Sequence[Record], seconds: np.ndarray, name: str) -> list[tuple]:
     """Of each turn that has padding and `name`: the setting, `name`, its speed-up measured and predicted without it."""
-    others = np.array([run["spec"]["strategy"] != name for run in runs])
-    cost = _fit_time([runs[i] for i in np.flatnonzero(others)], seconds[others]).cost
+    is_other = np.array([run["spec"]["strategy"] != name for run in runs])
+    others = [run for run in runs if run["spec"]["strategy"] != name]
+    cost = _fit_time(others, seconds[is_other]).cost
     turns: dict[tuple, dict[str, list[tuple[float, float]]]] = {}
     for run, measured in zip(runs, seconds):
         slots, labelled, pairs, batches = time_features(run)

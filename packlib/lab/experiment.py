@@ -124,7 +124,7 @@ def _died(code: int) -> tuple[str, str]:
 
 def _fork(spec: RunSpec, run_id: str, folder: Path, progress: Progress) -> int:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["packlib.lab.worker"])
+    context.set_forkserver_preload(["packlib.lab.preload"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(spec, run_id, folder, sender), daemon=True)
     process.start()

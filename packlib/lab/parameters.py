@@ -1,7 +1,7 @@
-"""Checks a notebook's parameters where they enter.
+"""Names and values that somebody typed, checked where they enter.
 
-papermill passes what YAML or the command line gives it: `1e-4` in YAML is a string, `true` on the command line is a string, and a
-misspelt name only warns. The cell after the tagged one calls `check_parameters`, so that all of these stop the run at once.
+papermill passes what YAML or the command line gives it: `1e-4` in YAML is a string, `true` on the command line is a
+string. A value is held against a default of the type that it must have, and a name against the known ones.
 """
 
 from __future__ import annotations
@@ -9,6 +9,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+HINTS = {  # what to write instead
+    float: " (in YAML write 1.0e-4, on papermill's command line use -y)",
+    list: " (on papermill's command line use -y)",
+    bool: " (on papermill's command line use -y or True/False)",
+}
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
@@ -20,18 +26,17 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
 
 
 def check_parameters(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Hold each notebook parameter against a default of the right type.
+    """Hold each parameter against a default of the right type; returns them in the order of `defaults`.
 
-    `values` is usually `globals()`; `defaults` maps each parameter to a value of the type it must have (an int is accepted where a
-    float is expected; `None` among the values of a list default's type is not). A `None` default accepts anything.
-    Returns the checked values, in the order of `defaults`. Raises `NameError` for a missing parameter and `TypeError` for a wrong type,
-    both naming the parameter.
+    values: parameters, and perhaps others, which are not looked at. An int is accepted where a float is expected, and
+    comes back as one; items of a list must have the type of the default's first; a default of None accepts anything.
+    Raises `NameError` for a missing parameter and `TypeError` for a wrong type, both naming the parameter.
 
     >>> check_parameters({"seed": 3, "rate": 1}, {"seed": 0, "rate": 1e-4})
     {'seed': 3, 'rate': 1.0}
-    >>> check_parameters({"rate": "1e-4"}, {"rate": 1e-4})
+    >>> check_parameters({"lr": "1e-4"}, {"lr": 1e-4})
     Traceback (most recent call last):
-    TypeError: parameter rate = '1e-4' is a str; expected float (in YAML write 1.0e-4, on papermill's command line use -y)
+    TypeError: parameter lr = '1e-4' is a str; expected float (in YAML write 1.0e-4, on papermill's command line use -y)
     """
     checked = {}
     for name, default in defaults.items():
@@ -49,6 +54,5 @@ def _checked(name: str, value: Any, default: Any) -> Any:
         return value
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    hint = {float: " (in YAML write 1.0e-4, on papermill's command line use -y)", list: " (on papermill's command line use -y)",
-            bool: " (on papermill's command line use -y or True/False)"}.get(expected, "")  # fmt: skip
+    hint = HINTS.get(expected, "")
     raise TypeError(f"parameter {name} = {value!r} is a {type(value).__name__}; expected {expected.__name__}{hint}")

@@ -136,8 +136,12 @@ def load_records(folder: Path | Iterable[Path]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _dotted(value: Mapping[str, Any]) -> dict[str, Any]:
-    return pd.json_normalize(dict(value)).iloc[0].to_dict()
+def _dotted(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dots between the keys."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _dotted(item, f"{prefix}{key}.") if isinstance(item, Mapping) else {f"{prefix}{key}": item}
+    return flat
 
 
 def environment(data_sha256: str | None = None) -> dict[str, Any]:

@@ -18,24 +18,87 @@ from packlib.losses import WEIGHTINGS
 DTYPES = ("float32", "bfloat16", "bf16_mixed")
 OVERFLOW = ("error", "truncate", "split")
 LOSSES = ("full", "response")
-KERNEL_NAMES = ("auto", *KERNELS, "transformers_sdpa", "transformers_eager", "transformers_flash")
+OWN_ATTENTION = ("transformers_sdpa", "transformers_eager", "transformers_flash", "maskless_sdpa")
+KERNEL_NAMES = ("auto", *KERNELS, *OWN_ATTENTION)
 
 
 @dataclass(frozen=True)
 class Rig:
     """How a step is executed. The default is what a plain SFTTrainer does: eager layers, everything kept for backward.
 
-    recompute: `none`, or `all`: every layer's activations are computed again in backward (gradient checkpointing).
+    compile: `none`, or `layers`: every decoder layer, in place.
+    recompute: `none`; `all`: every layer's activations are computed again in backward (gradient checkpointing); or a
+        budget in (0, 1): the share of a compiled layer's activations that is kept, the cheapest ones are not.
+    graphs: forward and backward of micro-batches as CUDA graphs, one for each shape, captured before training.
+    fused_loss: output head and loss in one, each position scored once; SFTTrainer's own also scores entropy and
+        accuracy for its metrics, and waits for them.
     liger: Liger's fused norms, rotary embeddings and gated MLPs (package liger-kernel, on a GPU).
+    lean: AdamW in one pass that also clips and zeroes, batches copied without waiting.
+    pad_to: rows are padded to multiples of so many tokens, so that shapes repeat; 0: not at all.
+    float8: matrix products of the layers in float8 (package torchao, on a Hopper GPU).
+    lora_rank: adapters of this rank on all linear layers instead of training the weights (package peft).
     """
 
-    recompute: str = "none"
+    compile: str = "none"
+    recompute: str | float = "none"
+    graphs: bool = False
+    fused_loss: bool = False
     liger: bool = False
+    lean: bool = False
+    pad_to: int = 0
+    float8: bool = False
+    lora_rank: int | None = None
 
     def __post_init__(self) -> None:
-        check_parameters(asdict(self), _defaults(self))
-        if self.recompute not in ("none", "all"):
-            raise unknown_name("recompute", self.recompute, ("none", "all"))
+        check_parameters(asdict(self), _defaults(self) | {"recompute": None, "lora_rank": None})
+        if self.compile not in ("none", "layers"):
+            raise unknown_name("compile", self.compile, ("none", "layers"))
+        if self.recompute not in ("none", "all") and self.budget is None:
+            raise ValueError(f"recompute = {self.recompute!r}; expected 'none', 'all', or a number between 0 and 1")
+        if isinstance(self.pad_to, bool) or self.pad_to < 0:
+            raise ValueError(f"pad_to = {self.pad_to!r}; expected at least 0 tokens")
+        rank = self.lora_rank
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"lora_rank = {rank!r}; expected an integer of at least 1 or None")
+        if self.budget is not None and self.compile == "none":
+            raise ValueError(
+                f"recompute = {self.recompute} is a budget of compiled layers; expected compile = 'layers'"
+            )
+        if self.float8 and self.compile == "none":
+            raise ValueError("float8 casts in kernels of its own unless they are compiled; expected compile = 'layers'")
+        if self.graphs and not (self.fused_loss and self.pad_to and self.recompute != "all"):
+            raise ValueError(
+                "graphs need micro-batches that repeat and wait for nothing: expected fused_loss, pad_to above 0, and "
+                f"recompute 'none' or a budget, not {self.recompute!r}"
+            )
+
+    @property
+    def budget(self) -> float | None:
+        """`recompute` as a memory budget, None where it is none."""
+        value = self.recompute
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return float(value) if number and 0 < value < 1 else None
+
+    @property
+    def label(self) -> str:
+        """What differs from a plain SFTTrainer, in words; empty where nothing does.
+
+        >>> Rig(compile="layers", recompute=0.2).label
+        'compiled layers, 0.2 of activations kept'
+        """
+        said = {
+            "compiled layers": self.compile == "layers",
+            "checkpointing": self.recompute == "all",
+            f"{self.recompute} of activations kept": self.budget is not None,
+            "CUDA graphs": self.graphs,
+            "fused loss": self.fused_loss,
+            "Liger's layers": self.liger,
+            "lean optimiser": self.lean,
+            f"rows of multiples of {self.pad_to}": self.pad_to > 1 and not self.graphs,
+            "float8": self.float8,
+            f"LoRA rank {self.lora_rank}": self.lora_rank is not None,
+        }
+        return ", ".join(name for name, true in said.items() if true)
 
 
 @dataclass(frozen=True)
@@ -48,7 +111,8 @@ class RunSpec:
     warmup_steps: first steps left out of every timing. repeat: distinguishes repetitions of one measurement.
     kernel: one of `packlib.attention.KERNELS` or `auto`, through `packlib_varlen`; or `transformers_sdpa`,
         `transformers_eager`, `transformers_flash`: transformers' own attention, the last with the flash-attn package or
-        a stand-in for its kernel.
+        a stand-in for its kernel; or `maskless_sdpa`: transformers' SDPA on padded batches without their mask, which
+        causal attention does not need where pads are on the right.
     dtype: `float32`; `bfloat16` (weights, gradients and optimiser states); `bf16_mixed` (float32 weights under
         autocast).
     weighting: `per_token` or `per_example`. loss: `full` or `response`. overflow: what happens to examples above
@@ -58,7 +122,8 @@ class RunSpec:
     examples_per_step: group rows so that optimiser steps hold about this many examples. layers: toy depth instead of
         the published one.
     generate_examples: evaluation examples whose final answer is generated and compared.
-    rig: how a step is executed; a mapping of its fields is as good.
+    rig: how a step is executed; a mapping of its fields is as good. profile: one more step, of which kernels, launches
+        and pauses are counted (on a GPU).
 
     Raises `ValueError` or `TypeError` naming the field, for what cannot be.
     """
@@ -93,6 +158,7 @@ class RunSpec:
     layers: int | None = None
     world_size: int = 1
     rig: Rig = field(default_factory=Rig)
+    profile: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.rig, Mapping):
@@ -113,6 +179,11 @@ class RunSpec:
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
         _check_numbers(self)
+
+    @property
+    def all_steps(self) -> int | None:
+        """Optimiser steps that are taken: those of `steps`, and the one that is profiled."""
+        return None if self.steps is None else self.steps + self.profile
 
     @property
     def corpus_options(self) -> dict[str, Any]:
@@ -158,6 +229,8 @@ def _check_numbers(spec: RunSpec) -> None:
         raise ValueError(
             f"warmup_steps = {spec.warmup_steps} leaves nothing of steps = {spec.steps} to measure; expected fewer"
         )
+    if spec.profile and spec.steps is None:
+        raise ValueError("profile = True adds a step to those of `steps`; expected steps, not None")
     if spec.eval_every is not None and not spec.eval_examples:
         raise ValueError(f"eval_every = {spec.eval_every} with eval_examples = 0; expected a held-out set to evaluate")
 

@@ -70,9 +70,11 @@ class Strategy:
         """Whether TRL plans rows of its own, instead of taking the mini-batches that it is handed."""
         return bool((self.trl or {}).get("packing"))
 
-    def collator(self, pad_token_id: int) -> FlatteningCollator | PaddingCollator:
-        """What turns this strategy's rows into a batch."""
-        return PaddingCollator(pad_token_id) if self.layout == "padded" else FlatteningCollator(boundary=self.boundary)
+    def collator(self, pad_token_id: int, **options: Any) -> FlatteningCollator | PaddingCollator:
+        """What turns this strategy's rows into a batch. options: of the collator, such as `pad_to_multiple_of`."""
+        if self.layout == "padded":
+            return PaddingCollator(pad_token_id, **options)
+        return FlatteningCollator(boundary=self.boundary, pad_token_id=pad_token_id, **options)
 
     def rows_per_batch(self, batch_size: int) -> int:
         """Rows of the plan that make a micro-batch."""

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,12 +27,14 @@ from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from packlib import attention, losses, plans
+from packlib import attention, plans
+from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.lab import evaluation, models, records, rig
-from packlib.lab.clock import Counter, StepClock, keep_freed_memory, matmul_ceiling
+from packlib.lab.clock import Counter, StepClock, copy_rate, keep_freed_memory, launch_time, matmul_ceiling
 from packlib.lab.corpora import Corpus, load_corpus, load_tokenizer, located
+from packlib.lab.limits import Rates, StepWork, step_limit
 from packlib.lab.spec import RunSpec
 from packlib.lab.strategies import Strategy, get_strategy, plan_for
 
@@ -64,49 +66,78 @@ def execute(spec: RunSpec, run_id: str, folder: Path, progress: Callable[[str], 
 
 def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
     """Build, train, evaluate: the `environment`, `plan`, `metrics` and `trace` of a record."""
+    # 1. What is trained on, and what this device can do.
     device = _device()
     if device.type == "cpu":
         keep_freed_memory()
     strategy = get_strategy(spec.strategy)
     corpus = load_corpus(spec.corpus, **spec.corpus_options)
     held_out = _held_out(spec, spec.eval_examples) if spec.eval_examples else None
-    ceiling = matmul_ceiling(device, _compute_dtype(spec))
+    rates = Rates(matmul_ceiling(device, _compute_dtype(spec)), copy_rate(device))
     kernel, attn = route(spec, strategy, device)
     dataset, report = planned(spec, strategy, corpus)
+    collator, shapes = collation(spec, strategy, corpus, dataset)
+    # 2. Train.
     with tempfile.TemporaryDirectory() as scratch, flash(attn, kernel):
-        model = build(spec, corpus, attn, device)
+        model = build(spec, corpus, attn, device, one_shape=len({batch["input_ids"].shape for batch in shapes}) == 1)
         clock = StepClock(spec, device, progress, (lambda: evaluation.evaluate(model, held_out)) if held_out else None)
         set_seed(spec.seed)
-        trainer = LabTrainer(
+        trainer = rig.LabTrainer(
             model,
             trainer_config(spec, strategy, device, scratch),
             train_dataset=dataset,
             callbacks=[clock],
             processing_class=placeholder_tokenizer(corpus),
-            data_collator=None if strategy.trl is not None else strategy.collator(corpus.pad_token_id),
+            data_collator=collator,
+            rig=spec.rig,
+            weighting=spec.weighting,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.weighting = spec.weighting
+        if spec.rig.graphs:
+            progress(f"{trainer.capture(shapes)} graphs captured")
         trainer.data_collator = counter = Counter(trainer.data_collator)
         trainer.train()
+        # 3. Look at what happened.
         counts = counter.per_step(spec.gradient_accumulation, clock.ends, len(trainer.get_train_dataloader()))
         metrics = clock.metrics(counts, spec)
-        flops = models.flops_per_token(model.config)
-        metrics |= {
-            "optimizer_steps": trainer.state.global_step,
-            "kernel": kernel,
-            "matmul_flops_ceiling": ceiling,
-            "flops_per_token": flops,
-            "model_flops_utilization": metrics["tokens_per_s"]["mean"] * flops / ceiling / spec.world_size,
-        }
+        metrics |= _limits(spec, trainer.model, rates, metrics) | {"launch_seconds": launch_time(device)}
+        metrics |= {"optimizer_steps": len(clock.ends), "kernel": kernel, "shapes": len(shapes) or None}
         if held_out:
             metrics |= evaluation.evaluate(model, held_out)
         if spec.generate_examples:
             tokenizer = load_tokenizer(located(spec.tokenizer), located(spec.corpus))
             asked = _held_out(replace(spec, loss="response"), spec.generate_examples)
             metrics |= evaluation.exact_match(model, asked, tokenizer)
-        trace = clock.trace(counts, trainer.state.log_history)
+        trace = clock.trace(counts, *trainer.history())
     return {"environment": records.environment(corpus.sha256), "plan": report, "metrics": metrics, "trace": trace}
+
+
+def _limits(spec: RunSpec, model: PreTrainedModel, rates: Rates, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """How near a run came to what its device allows, for each device."""
+    ranks, rate = spec.world_size, metrics["tokens_per_s"]["mean"] / spec.world_size
+    parameters, trained = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad or everything) for everything in (True, False)
+    )
+    limit = step_limit(
+        model.config,
+        StepWork(
+            micro_batches=spec.gradient_accumulation,
+            slots=metrics["slots_per_step"] / ranks,
+            tokens=metrics["tokens_per_step"] / ranks,
+            pairs=metrics["pairs_per_step"] / ranks,
+        ),
+        rates,
+        itemsize=2 if spec.dtype == "bfloat16" else 4,
+        trained=None if trained == parameters else trained,
+    )
+    flops = models.flops_per_token(model.config)
+    return {
+        "matmul_flops_ceiling": rates.matmul_flops,
+        "copy_bytes_per_s": rates.copy_bytes,
+        "flops_per_token": flops,
+        "model_flops_utilization": rate * flops / rates.matmul_flops,
+        "limit": asdict(limit) | {"share": rate / limit.tokens_per_s},
+    }
 
 
 def _device() -> torch.device:
@@ -123,8 +154,13 @@ def _compute_dtype(spec: RunSpec) -> torch.dtype:
     return torch.float32 if spec.dtype == "float32" else torch.bfloat16
 
 
-def build(spec: RunSpec, corpus: Corpus, attn: str, device: torch.device) -> PreTrainedModel:
-    """The model of a spec, on its rig. Raises `ValueError` where the corpus has token ids that it does not know."""
+def build(
+    spec: RunSpec, corpus: Corpus, attn: str, device: torch.device, *, one_shape: bool = False
+) -> PreTrainedModel:
+    """The model of a spec, on its rig. Raises `ValueError` where the corpus has token ids that it does not know.
+
+    one_shape: whether all micro-batches will have as many slots.
+    """
     ours = models.architecture(spec.model)
     model = models.build_model(
         located(spec.model),
@@ -138,7 +174,43 @@ def build(spec: RunSpec, corpus: Corpus, attn: str, device: torch.device) -> Pre
     known = model.config.get_text_config().vocab_size
     if corpus.vocab_size > known:
         raise ValueError(f"{spec.corpus} has {corpus.vocab_size} token ids; {spec.model} has {known}: wrong tokenizer")
-    return rig.prepare(model, spec.rig)
+    rig.prepare(model, spec.rig, weighting=spec.weighting, one_shape=one_shape)
+    return model
+
+
+def collation(
+    spec: RunSpec, strategy: Strategy, corpus: Corpus, dataset: Dataset
+) -> tuple[FlatteningCollator | PaddingCollator | None, list[dict[str, Any]]]:
+    """The collator of a spec (None for a peer: TRL's own), and a micro-batch of each shape that it will make.
+
+    Shapes are looked for where the rig makes them repeat: one pass over the rows, on the host.
+    """
+    if strategy.trl is not None:
+        return None, []
+    options: dict[str, Any] = {}
+    if strategy.layout == "flat":
+        options = rig.flat_shapes(spec.rig, spec.max_tokens, _most_segments(spec, strategy, dataset))
+    elif spec.rig.pad_to:
+        options = {"pad_to_multiple_of": spec.rig.pad_to}
+    if spec.kernel == "maskless_sdpa":
+        options["with_mask"] = False
+    collator = strategy.collator(corpus.pad_token_id, **options)
+    batches = map(collator, _micro_batches(spec, strategy, dataset)) if spec.rig.pad_to else ()
+    return collator, list({rig.shape_of(batch): batch for batch in batches}.values())
+
+
+def _micro_batches(spec: RunSpec, strategy: Strategy, dataset: Dataset) -> Iterator[list[dict[str, Any]]]:
+    size = strategy.rows_per_batch(spec.batch_size)
+    for begin in range(0, len(dataset), size):
+        yield [dataset[i] for i in range(begin, min(begin + size, len(dataset)))]
+
+
+def _most_segments(spec: RunSpec, strategy: Strategy, dataset: Dataset) -> int:
+    """Segments of the micro-batch that has most."""
+    if strategy.contaminated:
+        return strategy.rows_per_batch(spec.batch_size)
+    counts = np.array([len(lengths) for lengths in dataset["seq_lengths"]])
+    return int(np.add.reduceat(counts, np.arange(0, len(counts), strategy.rows_per_batch(spec.batch_size))).max())
 
 
 def route(spec: RunSpec, strategy: Strategy, device: torch.device) -> tuple[str, str]:
@@ -146,10 +218,12 @@ def route(spec: RunSpec, strategy: Strategy, device: torch.device) -> tuple[str,
 
     TRL's peers and models with attention classes of their own go through transformers' flash dispatch.
     """
-    if spec.kernel in ("transformers_sdpa", "transformers_eager"):
-        if strategy.layout == "flat":
+    if spec.kernel in ("transformers_sdpa", "transformers_eager", "maskless_sdpa"):
+        if strategy.layout == "flat" or (strategy.trl is not None and spec.kernel == "maskless_sdpa"):
             expected = "expected a varlen kernel"
             raise ValueError(f"kernel = {spec.kernel!r} builds a T x T mask or none for {spec.strategy}; {expected}")
+        if spec.kernel == "maskless_sdpa":
+            return spec.kernel, attention.register_attention("sdpa", "packlib_rows")
         return spec.kernel, spec.kernel.removeprefix("transformers_")
     asked = "auto" if spec.kernel == "transformers_flash" else spec.kernel
     kernel = attention.resolve_kernel(asked, device, _compute_dtype(spec))
@@ -184,9 +258,9 @@ def planned(spec: RunSpec, strategy: Strategy, corpus: Corpus) -> tuple[Dataset,
     report["lost_tokens"] += corpus.lost_tokens
     if strategy.packed_by_trl:
         return corpus.dataset, report
-    if spec.steps:
+    if spec.all_steps:
         per_step = spec.gradient_accumulation * strategy.rows_per_batch(spec.batch_size) * spec.world_size
-        plan = plan.take(np.arange(min(spec.steps * per_step, len(plan))))
+        plan = plan.take(np.arange(min(spec.all_steps * per_step, len(plan))))
     if strategy.trl is not None:  # the examples in the order of the mini-batches; TRL does the rest
         return corpus.dataset.select(plan.example), report
     return plan.apply(corpus.dataset).with_format("numpy"), report
@@ -206,7 +280,7 @@ def trainer_config(spec: RunSpec, strategy: Strategy, device: torch.device, scra
         output_dir=scratch,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation,
-        max_steps=spec.steps or -1,
+        max_steps=spec.all_steps or -1,
         num_train_epochs=spec.epochs,
         learning_rate=spec.learning_rate,
         lr_scheduler_type=spec.lr_scheduler,
@@ -217,38 +291,13 @@ def trainer_config(spec: RunSpec, strategy: Strategy, device: torch.device, scra
         train_sampling_strategy="random" if strategy.packed_by_trl else "sequential",
         remove_unused_columns=strategy.packed_by_trl,
         seed=spec.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would show the mean of the steps before
+        logging_strategy="no",  # LabTrainer keeps losses and norms; logging waits for them, step by step
+        logging_nan_inf_filter=False,  # it looks at every loss
         disable_tqdm=True,
         report_to="none",
         save_strategy="no",
         use_cpu=device.type == "cpu",
     )
-
-
-class LabTrainer(SFTTrainer):
-    """SFTTrainer that can also weight every example alike, packed or not, over a whole optimiser step."""
-
-    weighting = "per_token"
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        if self.weighting == "per_token":
-            return super()._get_num_items_in_batch(batch_samples, device)
-        examples = torch.zeros((), device=device)
-        for batch in batch_samples:
-            _, count = losses.token_weights(batch["labels"], batch.get("cu_seq_lens_q"), self.weighting)
-            examples += count.to(device)
-        return self.accelerator.gather(examples).sum()
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if self.weighting == "per_token" or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        weights, _ = losses.token_weights(inputs["labels"], inputs.get("cu_seq_lens_q"), self.weighting)
-        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        loss = -(outputs.log_probs * weights[:, 1:]).sum() / num_items_in_batch * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
 
 
 def placeholder_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from torch.nn.attention.flex_attention import flex_attention
 
 from packlib.attention import flex
 from tests.attention.cases import random_qkv, run
@@ -15,18 +14,19 @@ def test_flex_has_no_backward_on_cpu():
 
 
 def test_flex_is_never_run_uncompiled(monkeypatch):
-    """PyTorch gives up compiling after a few kinds of call and runs FlexAttention dense; here that is a distant error."""
-    compiled = flex._compiled(flex_attention, "cuda", "eager")  # as on a GPU, without generating code
+    """PyTorch stops compiling after a few kinds of call, and runs FlexAttention dense; here that is a distant error."""
 
-    def kinds(first, last):
-        for dim in range(first, last):
-            q = torch.randn(1, 1, 128, 8 * dim)
-            compiled(q, q, q)
+    def double(x):
+        return 2 * x
 
+    compiled = flex._compiled(double, "cuda", "eager")  # as on a GPU, without generating code
     torch._dynamo.reset()
-    with torch.no_grad():
-        kinds(1, 12)  # PyTorch's own limit is 8
-        monkeypatch.setattr(flex, "_RECOMPILE_LIMIT", 12)
-        with pytest.raises(FailOnRecompileLimitHit):
-            kinds(12, 16)
+    for length in range(2, 14):
+        compiled(torch.ones(length))
+    assert torch._dynamo.config.recompile_limit < 12, "PyTorch's own limit is passed"
+    monkeypatch.setattr(flex, "_RECOMPILE_LIMIT", 12)
+    with pytest.raises(FailOnRecompileLimitHit):
+        for length in range(14, 18):
+            compiled(torch.ones(length))
     torch._dynamo.reset()
+    assert flex._compiled(double, "cpu") is double

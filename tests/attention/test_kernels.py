@@ -104,7 +104,8 @@ def test_torch_varlen_across_signatures(version, monkeypatch):
         return v211(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
     function = {"2.10": v210, "2.11": v211, "2.12": v212}[version]
-    monkeypatch.setattr(kernels, "_varlen_attn", lambda: (function, frozenset(inspect.signature(function).parameters)))
+    monkeypatch.setattr(kernels, "_VARLEN_ATTN", function)
+    monkeypatch.setattr(kernels, "_VARLEN_OPTIONS", tuple(inspect.signature(function).parameters))
     qkv = random_qkv(LENGTHS)
 
     def ask(window=None, scale=None, causal=True):

@@ -12,6 +12,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -381,7 +382,26 @@ def test_an_interrupt_ends_the_ranks(tmp_path, interrupts):
     assert processes.left_running(before) == [] and files(tmp_path) == []
 
 
-# Runs `SPEC` in a process that is then killed.
+def runs_on(pipe):
+    """A run that would last a minute, if nobody hung up."""
+    worker.end_when(partial(pipe.poll, 60))
+    pipe.send("started")
+    time.sleep(60)
+
+
+def test_a_process_ends_when_what_it_waits_for_happens():
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=runs_on, args=(theirs,))
+    process.start()
+    theirs.close()
+    assert ours.recv() == "started" and process.is_alive()
+    ours.close()
+    process.join(20)
+    assert process.exitcode == 1
+
+
+# A sweep in a process that is then killed.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -394,7 +414,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_ends_with_the_process_that_waits_for_it(tmp_path, ranks):
     """Also where that process is killed and can end nothing itself; what it waited for leaves no record."""
     (tmp_path / "sweep.py").write_text(SCRIPT, encoding="utf-8")

@@ -1,11 +1,30 @@
-"""A notebook's parameters are checked where they enter: names, types, and what papermill makes of YAML and the command line."""
+"""Parameters are checked where they enter: names, types, and what papermill makes of YAML and the command line."""
 
 import pytest
 
 from packlib.lab.parameters import check_parameters, unknown_name
 
-DEFAULTS = {"steps": 1, "rate": 0.5, "name": "", "draw": True, "sizes": [1], "rates": [0.5], "options": {}, "anything": None}
-GIVEN = {"steps": 3, "rate": 1e-4, "name": "x", "draw": False, "sizes": [1, 2], "rates": [0.1], "options": {"a": 1}, "anything": "x", "other": 1}
+DEFAULTS = {
+    "steps": 1,
+    "rate": 0.5,
+    "name": "",
+    "draw": True,
+    "sizes": [1],
+    "rates": [0.5],
+    "options": {},
+    "anything": None,
+}
+GIVEN = {
+    "steps": 3,
+    "rate": 1e-4,
+    "name": "x",
+    "draw": False,
+    "sizes": [1, 2],
+    "rates": [0.1],
+    "options": {"a": 1},
+    "anything": "x",
+    "other": 1,
+}
 
 
 def test_good_values_come_back_in_order():
@@ -16,7 +35,8 @@ def test_good_values_come_back_in_order():
 
 def test_whole_numbers_are_floats_where_floats_are_expected():
     checked = check_parameters(GIVEN | {"rate": 2, "rates": [1, 0.5]}, DEFAULTS)
-    assert (checked["rate"], checked["rates"]) == (2.0, [1.0, 0.5]) and all(type(v) is float for v in [checked["rate"], *checked["rates"]])
+    assert (checked["rate"], checked["rates"]) == (2.0, [1.0, 0.5])
+    assert all(type(value) is float for value in [checked["rate"], *checked["rates"]])
 
 
 @pytest.mark.parametrize(
@@ -47,5 +67,6 @@ def test_a_missing_parameter_is_named():
 
 
 def test_the_nearest_known_name_is_offered():
-    assert str(unknown_name("preset", "smok", ["smoke", "cpu"])) == "unknown preset 'smok' (did you mean 'smoke'?); known: cpu, smoke"
+    near = "unknown preset 'smok' (did you mean 'smoke'?); known: cpu, smoke"
+    assert str(unknown_name("preset", "smok", ["smoke", "cpu"])) == near
     assert str(unknown_name("preset", "zzz", ["smoke", "cpu"])) == "unknown preset 'zzz'; known: cpu, smoke"

@@ -1,7 +1,6 @@
 """README.md is what the records say: `make tables` finds what is wrong, mends it, and refuses what it does not know."""
 
 import re
-from dataclasses import asdict
 
 import pandas as pd
 import pytest
@@ -9,9 +8,11 @@ import pytest
 from packlib.lab import readme, records
 from packlib.lab.spec import RunSpec
 from packlib.lab.studies import convergence
+from tests.lab.studies import made_records
 
 ROOT = records.project_root()
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = "\n".join(block[0] for block in readme.BLOCK.finditer(README) if block[2] in ("figure", "headline"))
 
 
 def test_readme_says_what_the_records_say():
@@ -31,18 +32,16 @@ def copy(tmp_path, monkeypatch):
 
 def test_tables_finds_and_mends_a_wrong_number_and_a_missing_figure(copy):
     number = re.search(r"\| multitask \| MiniBatchPacking \+ PosID \| ([\d,]+) ", README)[1]
-    copy.write_text(README.replace(number, "9,999"), encoding="utf-8")
-    with pytest.raises(
-        ValueError, match=r"README.md is not what the records say: figure, headline, .*; run make tables"
-    ):
+    copy.write_text(SHORT.replace(number, "9,999"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"README\.md is not what the records say: figure, headline; run"):
         readme.update(check=True)
     assert "9,999" in copy.read_text(encoding="utf-8"), "--check writes nothing"
     readme.update()
-    assert copy.read_text(encoding="utf-8") == README
+    assert copy.read_text(encoding="utf-8") == SHORT
     assert readme.update(check=True) == "README.md: nothing to change"
     picture = copy.parent / "papermill_runs" / "h200" / "figures" / "readme.png"
     readme._draw(records.load_records(copy.parent / "papermill_runs" / "h200"), picture, "other numbers")
-    assert readme.render(README)[1] == ["figure"]
+    assert readme.render(SHORT)[1] == ["figure"]
 
 
 @pytest.mark.parametrize(
@@ -57,31 +56,30 @@ def test_unknown_block_and_run(block, message):
         readme.render(f"<!-- table: {block} -->\n<!-- end -->")
 
 
-def test_losses_follow_from_records_of_notebook_07():
-    arms = convergence.arms(RunSpec(model="x.gguf", corpus="math_x.npz", limit=64, batch_size=8), rows_per_step=2)
+def test_losses_follow_from_records_of_notebook_07(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    folder = records.run_folder("made")
+    base = RunSpec(model="x.gguf", corpus="math_x.npz", limit=64, batch_size=8, eval_examples=8)
+    arms = convergence.arms(base, rows_per_step=2)
     results = {"padding": 1.0, "minibatch_packing": 1.0, "fixed_length_packing": 1.25}
     wobble = {0: 0.0, 1: 0.001, 2: -0.001}
-    frame = pd.DataFrame(
-        [
-            asdict(arm.spec)
-            | {
-                "run_id": arm.spec.spec_id,
-                "status": "ok",
-                "metrics.optimizer_steps": arm.spec.steps or 4,
-                "metrics.eval_loss_per_token": results.get(arm.strategy, 1.125)
-                + wobble[arm.spec.seed] * len(arm.label),
-            }
-            for arm in arms
-        ]
-    )
-    lines = readme.losses(frame, "x").splitlines()
-    labels = list(dict.fromkeys(arm.label for arm in arms if "lr" not in arm.variant and "atoms" not in arm.variant))
+    for i, arm in enumerate(arms):
+        loss = results.get(arm.strategy, 1.125) + wobble[arm.spec.seed] * len(arm.label)
+        metrics = {"optimizer_steps": arm.spec.steps or 4, "eval_loss_per_token": loss}
+        created = {"created": f"2026-01-01T{i:04}"}
+        made_records.write(folder, arm.spec, metrics=metrics, environment=created)
+    lines = readme.losses(records.load_records(folder), "made").splitlines()
+    labels = list(dict.fromkeys(arm.label for arm in arms if arm.variant in convergence.SHARES))
     assert [line.split(" | ")[1] for line in lines[4:]] == labels
-    assert re.match(
-        r"\| math \| FixedLengthPacking \(contaminated\), equal steps \| 8 \| 1.2500 \| \+0.2500 nats .*3 seeds\) \|",
-        lines[6],
+    fixed = (
+        r"\| math \| FixedLengthPacking \(contaminated\), equal steps \| 8 \| 1.2500 \| \+0.2500 nats .*3 seeds\) \|"
     )
-    assert readme.losses(frame.assign(eval_every=None), "x") == "", "runs that were only timed have no validation loss"
+    assert re.match(fixed, lines[6])
+
+    timed = records.run_folder("timed")
+    made_records.write(timed, base, metrics={"optimizer_steps": 4})
+    said = readme.losses(records.load_records(timed), "timed")
+    assert said == "", "runs that were only timed have no validation loss"
 
 
 def test_runs_that_shared_their_device_do_not_count():

@@ -8,16 +8,17 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from test_tables import lost, row
 
 from packlib.lab import experiment, records, reproduce
+from tests.lab.test_tables import lost, row
 
 PARAMETERS = 'run = "x"  # folder\nseed = 1\nrate: float = 0.5'
 ENDS = """
 import json, os, pathlib
 folder = pathlib.Path(run, "summaries")
 folder.mkdir(exist_ok=True)
-found = {"title": "Title", "findings": [f"seed {seed}", os.environ.get("PACKLIB_UNTIL", "no limit")], "figures": {"kept": "alt text", "gone": "x"}}
+found = {"title": "Title", "findings": [f"seed {seed}", os.environ.get("PACKLIB_UNTIL", "no limit")]}
+found["figures"] = {"kept": "alt text", "gone": "x"}
 (folder / "NAME.json").write_text(json.dumps(found))
 print(run, pathlib.Path.cwd(), pathlib.Path.home())
 """
@@ -44,7 +45,7 @@ def write_notebook(project: Path, name: str, *sources: str, tags: int = 1) -> Pa
 
 def write_preset(project: Path, notebooks: dict) -> None:
     text = yaml.safe_dump({"description": "made up", "notebooks": notebooks})
-    (project / "papermill_runs" / "presets" / "mini.yaml").write_text(text)
+    (project / "papermill_runs" / "presets" / "mini.yaml").write_text(text, encoding="utf-8")
 
 
 def written(folder: Path) -> list[str]:
@@ -68,16 +69,26 @@ def test_a_preset_runs_its_notebooks_and_reports(project, monkeypatch):
 
     reproduce.reproduce("mini", only=["02_second"])
     assert records.read_json(folder / "summaries" / "02_second.json")["findings"] == ["seed 1", "no limit"]
-    assert (folder / "report.md").read_text() == "\n".join([
-        "# Padding versus packing: run `mini`", "",
-        "## [Title](01_first.ipynb)", "", "- seed 5", f"- {first['findings'][1]}", "", "![alt text](figures/kept.png)", "",
-        "## [Title](02_second.ipynb)", "", "- seed 1", "- no limit", "", "![alt text](figures/kept.png)", "",
-    ])  # fmt: skip
-    executed = (folder / "01_first.ipynb").read_text()
-    assert "mini ./notebooks ~" in executed.replace("\\n", "") and str(project) not in executed and str(Path.home()) + '"' not in executed
+    parts = [
+        "# Padding versus packing: run `mini`",
+        f"## [Title](01_first.ipynb)\n\n- seed 5\n- {first['findings'][1]}",
+        "![alt text](figures/kept.png)",
+        "## [Title](02_second.ipynb)\n\n- seed 1\n- no limit",
+        "![alt text](figures/kept.png)\n",
+    ]
+    assert (folder / "report.md").read_text(encoding="utf-8") == "\n\n".join(parts)
+    executed = (folder / "01_first.ipynb").read_text(encoding="utf-8")
+    assert (
+        "mini ./notebooks ~" in executed.replace("\\n", "")
+        and str(project) not in executed
+        and str(Path.home()) + '"' not in executed
+    )
     notebook = nbformat.reads(executed, 4)
     assert "papermill" not in notebook.metadata and all("papermill" not in c.metadata for c in notebook.cells)
-    assert [c.metadata.get("tags") for c in notebook.cells][:2] == [["parameters"], ["injected-parameters"]] and notebook.cells[-1].outputs
+    assert [c.metadata.get("tags") for c in notebook.cells][:2] == [
+        ["parameters"],
+        ["injected-parameters"],
+    ] and notebook.cells[-1].outputs
 
 
 @pytest.mark.parametrize(
@@ -95,8 +106,12 @@ def test_a_notebook_that_did_not_reach_its_end_has_failed(project, tmp_path, cel
     records.write_json(folder / "summaries" / "01_x.json", {"title": "of an earlier run"})
     with pytest.raises(reproduce.NotebookFailed, match=message):
         reproduce.execute(write_notebook(project, "01_x", *cells), folder, {})
-    assert written(folder) == ["01_x.running.ipynb", "summaries/01_x.json"], "what did not finish does not look finished"
-    assert "injected-parameters" in (folder / "01_x.running.ipynb").read_text(), "it shows how far it came"
+    assert written(folder) == ["01_x.running.ipynb", "summaries/01_x.json"], (
+        "what did not finish does not look finished"
+    )
+    assert "injected-parameters" in (folder / "01_x.running.ipynb").read_text(encoding="utf-8"), (
+        "it shows how far it came"
+    )
 
 
 def test_a_piece_ends_well_where_arms_are_left(project, caplog):
@@ -114,7 +129,11 @@ def test_a_piece_ends_well_where_arms_are_left(project, caplog):
 def test_names_are_checked_before_anything_runs(project):
     write_notebook(project, "01_first", ENDS)
     write_notebook(project, "02_second", ENDS)
-    assert reproduce.declared_parameters(project / "notebooks" / "01_first.ipynb") == ["run", "seed", "rate"]
+    assert reproduce.declared_parameters(project / "notebooks" / "01_first.ipynb") == {
+        "run": "x",
+        "seed": 1,
+        "rate": 0.5,
+    }
     write_preset(project, {"01_first": {"seed": 1}})
     with pytest.raises(ValueError, match=r"unknown preset 'mimi' \(did you mean 'mini'\?\); known: mini$"):
         reproduce.reproduce("mimi")
@@ -122,6 +141,16 @@ def test_names_are_checked_before_anything_runs(project):
         with pytest.raises(ValueError, match=rf"unknown notebook '{only}'.*; known: 01_first$"):
             reproduce.reproduce("mini", only=["01", only])
     assert not (project / "papermill_runs" / "mini").exists()
+
+
+def test_types_are_checked_before_anything_runs(project):
+    """`1e-4` without a point is a string in YAML."""
+    write_notebook(project, "01_first", ENDS)
+    write_preset(project, {"01_first": {"rate": "1e-4"}})
+    with pytest.raises(TypeError, match=r"preset mini, 01_first: parameter rate = '1e-4' is a str; expected float"):
+        reproduce.reproduce("mini")
+    write_preset(project, {"01_first": {"rate": 1, "seed": 2}})
+    assert reproduce.load_preset("mini")["notebooks"] == {"01_first": {"rate": 1, "seed": 2}}
 
 
 @pytest.mark.parametrize("tags", [0, 2])
@@ -168,36 +197,39 @@ def record(identity: str, found: dict, created: str = "2026-01-01") -> dict:
                 place = place.setdefault(parent, {})
             place[last] = value
     spec = {name: value for name, value in found.items() if "." not in name and name != "status"}
-    ok = found["status"] == "ok"
     environment = {"created": created, "device": "CPU", "torch": "2", "transformers": "5"}
-    return {"run_id": identity, "status": found["status"], "error": None, "spec": spec, "environment": environment, "trace": None} | (
-        nested if ok else {"metrics": None, "plan": None}
-    )
+    head = {"run_id": identity, "status": found["status"], "error": None, "spec": spec, "environment": environment}
+    measured = nested if found["status"] == "ok" else {"metrics": None, "plan": None}
+    return head | measured | {"trace": None}
 
 
 def test_the_headline_compares_one_setting(tmp_path):
     folder = records.run_folder(tmp_path)
     curve = [row(rate=50, batch_size=1), row("minibatch_packing", 60, batch_size=1)]
-    for i, found in enumerate([*curve, row(), row("minibatch_packing", 190, 1.0), lost("multipack_posid"), row("multipack_posid", 9e9, steps=3)]):
+    table_2 = [row(), row("minibatch_packing", 190, 1.0), lost("multipack_posid")]
+    for i, found in enumerate([*curve, *table_2, row("multipack_posid", 9e9, steps=3)]):
         records.write_record(folder, record(f"r{i}", found))
     shared = record("shared", row("fixed_length_packing", 1.0))
     records.write_record(folder, shared | {"environment": shared["environment"] | {"concurrent_runs": 2}})
-    lines = reproduce.write_report(folder).read_text().splitlines()
+    lines = reproduce.write_report(folder).read_text(encoding="utf-8").splitlines()
     assert lines[2] == "7 measured runs on: CPU, torch 2, transformers 5."
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     shown = {cells[2]: dict(zip(table[0], cells)) for cells in table[2:]}
     assert list(shown) == ["Padding", "MiniBatchPacking + PosID", "Multipack + PosID"]
-    assert [arm["× padding"] for arm in shown.values()] == ["1.00", "1.90", ""] and [arm["status"] for arm in shown.values()] == ["ok", "ok", "oom"]
+    assert [arm["× padding"] for arm in shown.values()] == ["1.00", "1.90", ""]
+    assert [arm["status"] for arm in shown.values()] == ["ok", "ok", "oom"]
 
 
 def test_a_folder_without_training_runs_has_a_report(tmp_path):
     """As after `reproduce --only 05`: attention alone was timed."""
     folder = records.run_folder(tmp_path)
     assert reproduce.headline(folder) == ""
-    assert reproduce.write_report(folder).read_text().startswith("# Padding versus packing: run")
+    assert reproduce.write_report(folder).read_text(encoding="utf-8").startswith("# Padding versus packing: run")
     timing = record("t0", {"status": "ok", "arm": "varlen", "tokens": 64, "metrics.waste": 1.5})
     records.write_record(folder, timing)
-    assert reproduce.headline(folder) == "" and "1 measured runs on: CPU" in reproduce.write_report(folder).read_text()
+    assert reproduce.headline(folder) == "" and "1 measured runs on: CPU" in reproduce.write_report(folder).read_text(
+        encoding="utf-8"
+    )
     records.write_record(folder, record("r0", row()))
     assert reproduce.headline(folder).count("\n") == 2, "a line for training, none for timing"
-    assert json.loads((folder / "records" / "t0.json").read_text()) == timing
+    assert json.loads((folder / "records" / "t0.json").read_text(encoding="utf-8")) == timing

@@ -9,7 +9,7 @@ import pytest
 from packlib.lab import records
 from packlib.lab.spec import Rig, RunSpec, grid
 
-BASE = RunSpec(corpus="arithmetic", batch_size=4, max_tokens=256, layers=1, warmup_steps=1, eval_examples=6)
+BASE = RunSpec(corpus="arithmetic", max_tokens=256, layers=1, steps=10, warmup_steps=1, eval_examples=6)
 # Another value of each field, where one more or its opposite will not do.
 OTHER: dict[str, Any] = {
     "strategy": "dynapipe",
@@ -26,7 +26,25 @@ OTHER: dict[str, Any] = {
 def another(name: str, value: Any) -> Any:
     if name in OTHER:
         return OTHER[name]
+    if isinstance(value, bool):
+        return not value
     return f"{value}x" if isinstance(value, str) else (value or 0) + 2
+
+
+# Two rigs that differ in one field alone.
+COMPILED = {"compile": "layers"}
+REPEATED = {"fused_loss": True, "lean": True, "pad_to": 64}
+RIGS: dict[str, tuple[Rig, Rig]] = {
+    "compile": (Rig(), Rig(compile="layers")),
+    "recompute": (Rig(**COMPILED), Rig(**COMPILED, recompute=0.5)),
+    "graphs": (Rig(**REPEATED), Rig(**REPEATED, graphs=True)),
+    "fused_loss": (Rig(), Rig(fused_loss=True)),
+    "liger": (Rig(), Rig(liger=True)),
+    "lean": (Rig(), Rig(lean=True)),
+    "pad_to": (Rig(), Rig(pad_to=64)),
+    "float8": (Rig(**COMPILED), Rig(**COMPILED, float8=True)),
+    "lora_rank": (Rig(), Rig(lora_rank=8)),
+}
 
 
 # what is refused
@@ -55,7 +73,14 @@ def another(name: str, value: Any) -> Any:
         ("learning_rate", float("nan"), "learning_rate = nan; expected a finite number of at least 0"),
         ("epochs", 0.0, "epochs = 0.0; expected a finite number above 0"),
         ("epochs", float("inf"), "epochs = inf; expected a finite number above 0"),
-        ("rig", {"recompute": "some"}, "unknown recompute 'some'.*; known: all, none"),
+        ("rig", {"recompute": "some"}, "recompute = 'some'; expected 'none', 'all', or a number between 0 and 1"),
+        ("rig", {"recompute": 1.5}, "recompute = 1.5; expected 'none', 'all', or a number between 0 and 1"),
+        ("rig", {"recompute": 0.5}, "recompute = 0.5 is a budget of compiled layers; expected compile = 'layers'"),
+        ("rig", {"compile": "all"}, "unknown compile 'all'.*; known: layers, none"),
+        ("rig", {"pad_to": -1}, "pad_to = -1; expected at least 0 tokens"),
+        ("rig", {"lora_rank": 0}, "lora_rank = 0; expected an integer of at least 1 or None"),
+        ("rig", {"float8": True}, "expected compile = 'layers'"),
+        ("rig", {"graphs": True}, "graphs need steps that repeat and wait for nothing"),
     ],
 )
 def test_bad_values_are_refused_with_the_known_ones(name, value, message):
@@ -68,6 +93,7 @@ def test_bad_values_are_refused_with_the_known_ones(name, value, message):
     [
         ({"steps": 3, "warmup_steps": 3}, "warmup_steps = 3 leaves nothing of steps = 3 to measure; expected fewer"),
         ({"eval_every": 5, "eval_examples": 0}, "eval_every = 5 with eval_examples = 0; expected a held-out set"),
+        ({"profile": True, "steps": None}, "profile = True adds a step to those of `steps`; expected steps, not None"),
     ],
 )
 def test_values_that_do_not_go_together_are_refused(options, message):
@@ -97,9 +123,9 @@ def test_every_field_is_part_of_the_identity():
     for f in fields(BASE):
         changed = replace(BASE, **{f.name: another(f.name, getattr(BASE, f.name))})
         assert changed.spec_id != BASE.spec_id, f.name
-    for f in fields(Rig):
-        rig = Rig(**{f.name: {"recompute": "all", "liger": True}[f.name]})
-        assert replace(BASE, rig=rig).spec_id != BASE.spec_id, f.name
+    assert RIGS.keys() == {f.name for f in fields(Rig)}
+    for name, (before, after) in RIGS.items():
+        assert replace(BASE, rig=before).spec_id != replace(BASE, rig=after).spec_id, name
 
 
 def test_a_spec_survives_json():

@@ -1,6 +1,6 @@
-"""Every notebook: fit to commit, runs through papermill with the smoke preset, stops at a bad parameter. Every solution runs.
+"""Every notebook: fit to commit, runs through papermill with the smoke preset, stops at a bad parameter.
 
-Notebooks share one run folder, in order, as they do in `make reproduce`: 09 reads what 06 and 07 measured.
+They share one run folder, in order, as they do in `make reproduce`: 09 reads what 06 and 07 measured.
 """
 
 import ast
@@ -8,16 +8,17 @@ import json
 import re
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import yaml
+from bs4 import BeautifulSoup
 
-from packlib.lab import records, reproduce
+from packlib.lab import notebook, records, reproduce
 
 NOTEBOOKS = reproduce.notebooks()
 SOLUTIONS = sorted((records.project_root() / "notebooks" / "solutions").glob("*.ipynb"))
 MACHINE_PATH = re.compile(r"(?<![\w.:/~])/(?:home|root|tmp|work|mnt|opt|var|usr|data|Users|private)/|\b[A-Z]:\\\\")
+LINES, COLUMNS = 15, 110  # of a code cell: what fits a screen and a page
 
 
 def every(paths):
@@ -26,6 +27,15 @@ def every(paths):
 
 def code_cells(path):
     return [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+
+
+def tagged_cell(path):
+    (cell,) = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    return cell
+
+
+def heading(path):
+    return nbformat.read(path, 4).cells[0].source.splitlines()[0].removeprefix("# ")
 
 
 @pytest.fixture(scope="module")
@@ -37,64 +47,66 @@ def folder(tmp_path_factory):
 def test_is_fit_to_commit(path):
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
-    cells = notebook.cells
-    assert re.match(r"# \S", cells[0].source), "the first cell begins with the title, an H1"
-    assert sum(len(re.findall(r"^# ", c.source, flags=re.MULTILINE)) for c in cells if c.cell_type == "markdown") == 1, "one H1"
+    prose = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert prose[0].startswith("# "), "the first cell begins with the title, an H1"
+    assert sum(len(re.findall(r"^# ", text, flags=re.MULTILINE)) for text in prose) == 1, "one H1"
     assert notebook.metadata.kernelspec.name == "python3"
     assert "widgets" not in notebook.metadata
-    assert len(cells) <= 26
-    assert all(cell.source.strip() for cell in cells), "no cell is empty"
-    assert not MACHINE_PATH.search("\n".join(cell.source for cell in cells))
-    for i, cell in enumerate(c for c in cells if c.cell_type == "code"):
-        assert not cell.outputs and cell.execution_count is None, f"code cell {i} has outputs"
-        assert len(cell.source.splitlines()) <= 15, f"code cell {i} does not fit on a screen: {cell.source[:60]!r}"
-        assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(ast.parse(cell.source))), f"code cell {i} defines a class"
+    assert len(notebook.cells) <= 26
+    assert all(cell.source.strip() for cell in notebook.cells), "no cell is empty"
+    assert not MACHINE_PATH.search("\n".join(cell.source for cell in notebook.cells))
 
 
 @every(NOTEBOOKS + SOLUTIONS)
-def test_parameters_are_literals_and_checked(path):
-    cells = nbformat.read(path, 4).cells
-    tagged = [i for i, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1
-    statements = ast.parse(cells[tagged[0]].source).body
-    names = [(node.targets[0] if isinstance(node, ast.Assign) else node.target).id for node in statements]
-    assert ("run" in names or path in SOLUTIONS) and len(names) <= 12
-    for name, node in zip(names, statements):
+def test_a_code_cell_fits_on_a_screen_and_defines_no_class(path):
+    for cell in code_cells(path):
+        assert not cell.outputs and cell.execution_count is None, f"{cell.id} has outputs"
+        lines = cell.source.splitlines()
+        assert len(lines) <= LINES, f"{cell.id} has {len(lines)} lines"
+        assert not [line for line in lines if len(line) > COLUMNS], f"{cell.id} is too wide"
+        assert not any(isinstance(node, ast.ClassDef) for node in ast.walk(ast.parse(cell.source))), cell.id
+
+
+@every(NOTEBOOKS + SOLUTIONS)
+def test_parameters_are_literals_with_a_comment_each(path):
+    cell = tagged_cell(path)
+    statements = ast.parse(cell.source).body
+    assert len(statements) <= 12
+    for node in statements:
         ast.literal_eval(node.value)
-        line = cells[tagged[0]].source.splitlines()[node.end_lineno - 1]
-        assert "#" in line, f"parameter {name} has no comment"
-    check = list(ast.walk(ast.parse(cells[tagged[0] + 1].source)))
-    assert "check_parameters" in cells[tagged[0] + 1].source, "the cell after the parameters checks them"
-    mentioned = {node.value for node in check if isinstance(node, ast.Constant)} | {node.arg for node in check if isinstance(node, ast.keyword)}
-    assert set(names) <= mentioned, f"not checked: {sorted(set(names) - mentioned)}"
+        assert "#" in cell.source.splitlines()[node.end_lineno - 1], ast.unparse(node)
+    cells = nbformat.read(path, 4).cells
+    after = cells[[c.id for c in cells].index(cell.id) + 1].source
+    start = f'notebook.start("{path.stem}", globals())'
+    assert (start if path in NOTEBOOKS else "notebook.check(globals())") in after, "the next cell checks them"
+
+
+@every(NOTEBOOKS)
+def test_papermill_sees_the_parameters(path):
+    """What it cannot read in the tagged cell would be missing from presets' checks."""
+    names = {}
+    exec(tagged_cell(path).source, names)
+    assert reproduce.declared_parameters(path) == {k: v for k, v in names.items() if k != "__builtins__"}
+    assert notebook.title(path.stem) == heading(path)
 
 
 @every(NOTEBOOKS)
 def test_runs_to_its_end(path, folder):
     executed = reproduce.execute(path, folder, reproduce.load_preset("smoke")["notebooks"].get(path.stem) or {})
     summary = records.read_json(folder / "summaries" / f"{path.stem}.json")
-    assert summary["title"] and summary["findings"]
-    assert not [name for name in summary["figures"] if not (folder / "figures" / f"{name}.png").exists()], "a figure of the summary was not kept"
+    assert summary["title"] == heading(path) and summary["findings"]
     assert not any("nan" in re.findall(r"[a-z]+", finding) for finding in summary["findings"]), summary["findings"]
+    kept = {file.stem for file in (folder / "figures").glob(f"{path.stem[:2]}_*.png")}
+    assert kept == set(summary["figures"]) and all(summary["figures"].values()), "every figure is in the report"
     assert executed.stat().st_size < 1_000_000
-    outputs = [output for cell in code_cells(executed) for output in cell.outputs]
-    for output in outputs:
+    for output in [output for cell in code_cells(executed) for output in cell.outputs]:
         data = output.get("data", {})
-        assert "image/png" not in data or output.metadata["image/png"].get("alt"), "a figure has no alt text"
-        text = json.dumps({kind: value for kind, value in data.items() if not kind.startswith("image/")}) + output.get("text", "")
+        assert "image/png" not in data, "a figure that was not shown with its alt text"
+        page = BeautifulSoup(data.get("text/html", ""), "html.parser")
+        assert all(image.get("alt") for image in page.select("img")), "a figure has no alt text"
+        text = json.dumps(data) + output.get("text", "")
         assert not MACHINE_PATH.search(text) and str(folder) not in text, f"a path of this machine: {text[:300]}"
-        assert output.get("name") != "stderr" or "Warning" not in text, f"a warning that a reader would stumble on: {text[:300]}"
-
-
-@every(SOLUTIONS)
-def test_solution_runs(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {"__name__": path.stem}
-    for cell in code_cells(path):
-        if "parameters" in cell.metadata.get("tags", []):
-            cell.source += f"\nrun = {str(tmp_path)!r}"
-        exec(compile(cell.source, path.name, "exec"), names)
-    plt.close("all")
+        assert output.get("name") != "stderr" or "Warning" not in text, f"a reader would stumble on: {text[:300]}"
 
 
 def test_parameter_of_the_wrong_type_stops_the_notebook(tmp_path):
@@ -105,18 +117,40 @@ def test_parameter_of_the_wrong_type_stops_the_notebook(tmp_path):
     assert not (tmp_path / "summaries" / f"{notebook.stem}.json").exists()
 
 
+def test_unknown_parameter_stops_the_notebook(tmp_path):
+    """papermill itself only warns."""
+    notebook = next(path for path in NOTEBOOKS if path.stem.startswith("02_"))
+    with pytest.raises(
+        reproduce.NotebookFailed, match=r"ValueError: unknown parameter 'sed' \(did you mean 'seed'\?\)"
+    ):
+        reproduce.execute(notebook, records.run_folder(tmp_path), {"sed": 1})
+
+
 @pytest.mark.parametrize(
-    "notebooks, message",
+    ("notebooks", "error", "message"),
     [
-        ({"02_pack_with_position_ids": {"sed": 1}}, r"unknown parameter of 02_pack_with_position_ids 'sed' \(did you mean 'seed'\?\); known: edit"),
-        ({"02_pack_with_positions": {}}, r"unknown notebook '02_pack_with_positions' \(did you mean '02_pack_with_position_ids'\?\); known: 00_"),
+        (
+            {"02_pack_with_position_ids": {"sed": 1}},
+            ValueError,
+            r"unknown parameter of 02_pack_with_position_ids 'sed' \(did you mean 'seed'\?\); known: edit",
+        ),
+        (
+            {"02_pack_with_positions": {}},
+            ValueError,
+            r"unknown notebook '02_pack_with_positions' \(did you mean '02_pack_with_position_ids'\?\); known: 00_",
+        ),
+        (
+            {"07_compare_convergence": {"learning_rate": "1e-3"}},
+            TypeError,
+            r"preset bad, 07_compare_convergence: parameter learning_rate = '1e-3' is a str; expected float",
+        ),
     ],
 )
-def test_unknown_name_in_a_preset_is_an_error(notebooks, message, tmp_path, monkeypatch):
+def test_what_is_wrong_in_a_preset_is_an_error(notebooks, error, message, tmp_path, monkeypatch):
     preset = tmp_path / "bad.yaml"
-    preset.write_text(yaml.safe_dump({"description": "", "notebooks": notebooks}))
+    preset.write_text(yaml.safe_dump({"description": "", "notebooks": notebooks}), encoding="utf-8")
     monkeypatch.setattr(reproduce, "presets", lambda: {"bad": preset})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         reproduce.load_preset("bad")
 
 
@@ -130,7 +164,8 @@ def test_presets_name_known_notebooks_and_parameters(name):
     preset = reproduce.load_preset(name)
     assert preset["description"]
     order = list(preset["notebooks"])
-    assert {"06", "07"} <= {name[:2] for name in order[:-1]} and order[-1].startswith("09"), "09 compares what 06 and 07 measured"
+    assert {"06", "07"} <= {name[:2] for name in order[:-1]}, "09 compares what they measured"
+    assert order[-1].startswith("09")
 
 
 def test_smoke_preset_covers_every_notebook():

@@ -30,6 +30,7 @@ PAIR = ("padding", "minibatch_packing")  # the same training, step by step
 EPOCHS, STEPS, EXAMPLES = "equal epochs", "equal steps", "constant examples"
 SHARES = ("", STEPS, EPOCHS, EXAMPLES)  # variants that leave the learning rate and what is shuffled as they are
 GROUPS = ("padding", "equal steps", "equal epochs", "multipack", "constant examples", "learning rate", "atoms")
+OF_ATOMS = "atoms of "  # how such a variant begins
 ATOMS = {"¼ row": 0.25, "½ row": 0.5, "1 row": 1.0, "2 rows": 2.0}  # size of what is shuffled
 EVALUATIONS = 4  # of a run, the end included
 PLAN = {"groups", "rows_per_step", "seeds"}  # fields of a setting that are none of RunSpec
@@ -81,7 +82,8 @@ def arms(
     padding ("equal steps", exactly). `limit` examples to train on must exist. Only padding and "equal steps" generate
     answers. Raises `ValueError`.
 
-    >>> found = arms(RunSpec(limit=64, batch_size=8), rows_per_step=2, groups=["equal steps"], seeds=[0])
+    >>> base = RunSpec(limit=64, batch_size=8, eval_examples=8)
+    >>> found = arms(base, rows_per_step=2, groups=["equal steps"], seeds=[0])
     >>> [(arm.label, arm.spec.steps, arm.spec.batch_size) for arm in found][1]
     ('FixedLengthPacking + PosID, equal steps', 8, 2)
     """
@@ -111,7 +113,7 @@ def _changes(base: RunSpec, rows_per_step: int) -> dict[str, list[tuple[str, str
     equal = every | {"batch_size": rows_per_step, "gradient_accumulation": 1, "steps": steps}
     constant = every | {"batch_size": 1, "gradient_accumulation": 1, "examples_per_step": examples}
     rates = {f"lr × √{fewer:.3g}": base.learning_rate * fewer**0.5, f"lr × {fewer:.3g}": base.learning_rate * fewer}
-    atoms = {f"atoms of {name}": int(share * base.max_tokens) for name, share in ATOMS.items()}
+    atoms = {f"{OF_ATOMS}{name}": int(share * base.max_tokens) for name, share in ATOMS.items()}
     return {
         "padding": [("padding", "", every | answers), ("minibatch_packing", "", every)],
         "equal steps": [(FIXED, STEPS, equal | answers), (POSID, STEPS, equal | answers)],
@@ -130,8 +132,9 @@ def settings_arms(
 ) -> list[Arm]:
     """The arms of several settings, one after the other.
 
-    settings: mappings of `corpus, limit, rows_per_step`, perhaps `groups, seeds`, and fields of `RunSpec`; seeds,
-    groups, shared (fields of `RunSpec`): where a setting names none. Raises `ValueError` for an unknown field, listing the known ones, and for a missing one.
+    settings: mappings of `corpus, limit, rows_per_step`, perhaps `groups, seeds`, and fields of `RunSpec`. seeds,
+    groups, shared (fields of `RunSpec`): where a setting names none. Raises `ValueError` for an unknown field, listing
+    the known ones, and for a missing one.
     """
     known, found = PLAN | {field.name for field in fields(RunSpec)}, []
     for setting in settings:
@@ -370,8 +373,8 @@ def every_arm(found: pd.DataFrame) -> pd.DataFrame:
 
 def atoms_table(found: pd.DataFrame) -> pd.DataFrame:
     """The arms of `results` that shuffle atoms, `size` their size."""
-    atoms = found[found["variant"].str.startswith("atoms of ") & (found["status"] == "ok")]
-    return atoms.assign(size=atoms["variant"].str.removeprefix("atoms of "))
+    atoms = found[found["variant"].str.startswith(OF_ATOMS) & (found["status"] == "ok")]
+    return atoms.assign(size=atoms["variant"].str.removeprefix(OF_ATOMS))
 
 
 def exact_matches(found: pd.DataFrame) -> pd.DataFrame:
@@ -445,7 +448,8 @@ def gradient_curves(steps: pd.DataFrame, corpus: str) -> Picture:
 
 
 def atom_curves(curves: pd.DataFrame, corpus: str) -> Picture:
-    """Perplexity against tokens for each size of the atoms."""
+    """Perplexity against tokens for each size of the atoms, of the validation losses of one corpus (`traces`)."""
+    curves = curves[curves["variant"].str.startswith(OF_ATOMS)]
     curves = curves.assign(arm=curves["variant"], perplexity=np.exp(curves["loss"].astype(float)))
     alt = f"Perplexity against tokens on {corpus} for atoms of a quarter to two rows"
     xs = {"tokens": "real tokens"}
@@ -494,11 +498,11 @@ def best_rate(found: pd.DataFrame) -> str | None:
 def best_atoms(found: pd.DataFrame, corpus: str) -> str:
     """Which size of atoms is best on a corpus, and how the others differ from one row (`atoms_table`)."""
     loss = found.groupby("size")["per_token"].mean()
-    row = arm_label(FIXED, "atoms of 1 row")
+    row = arm_label(FIXED, f"{OF_ATOMS}1 row")
     told = [
-        f"{other['label'].split('atoms of ')[1]} {tell(other)}" for other in differences(found, row).to_dict("records")
+        f"{other['label'].split(OF_ATOMS)[1]} {tell(other)}" for other in differences(found, row).to_dict("records")
     ]
-    best = f"{corpus}: atoms of {loss.idxmin()} give the lowest loss ({loss.min():.4f} nats)"
+    best = f"{corpus}: {OF_ATOMS}{loss.idxmin()} give the lowest loss ({loss.min():.4f} nats)"
     return f"{best}; against 1 row: {'; '.join(told)}."
 
 

@@ -132,9 +132,9 @@ def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def like(frame: pd.DataFrame, spec: RunSpec) -> pd.DataFrame:
-    """The runs of `frame` that share model, rig, corpus and attention with a spec."""
-    place = (frame["model"] == spec.model) & (frame["corpus"] == spec.corpus) & (frame["kernel"] == spec.kernel)
+def like(frame: pd.DataFrame, spec: RunSpec, corpus: str) -> pd.DataFrame:
+    """The runs of `frame` on a corpus that share model, rig and attention with a spec."""
+    place = (frame["model"] == spec.model) & (frame["corpus"] == corpus) & (frame["kernel"] == spec.kernel)
     return frame[place & (tables.rigs(frame) == tables.rig_label(asdict(spec.rig)))]
 
 

@@ -2,9 +2,14 @@
 
 import json
 
+import pandas as pd
 import pytest
+from PIL import Image
 
 from packlib.attention import register_attention
+from packlib.isolation import check_isolation
+from packlib.lab import records
+from packlib.lab.small_models import small_model
 from packlib.lab.studies import isolation
 
 
@@ -63,11 +68,74 @@ def test_unsupported_is_a_cell():
 
 def test_heat_map(matrix):
     figure = isolation.heat_map(matrix)
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    leaks = sum(cell["verdict"] == "leak" for cell in isolation.judged(matrix, "float32").to_dict("records"))
     version = matrix["environment"]["transformers"]
-    assert (
-        f"transformers {version}" in figure.axes[0].get_title(loc="left")
-        and "sdpa 4, flash_attention_2 2, packlib_varlen 0" in figure.alt
-    )
+    assert ax.get_title(loc="left").startswith(f"transformers {version}, float32: packed examples see each other in")
+    assert "sdpa 4, flash_attention_2 2, packlib_varlen 0" in figure.alt
+    (crosses,) = ax.collections
+    assert len(crosses.get_offsets()) == leaks == 6
+    for across, down in crosses.get_offsets():
+        attention, situation = divmod(int(across), len(isolation.SITUATIONS))
+        where = ("sdpa", "flash_attention_2", "packlib_varlen")[attention], list(isolation.SITUATIONS)[situation]
+        assert down == 0 and expected(*where) == "leak", where
+
+
+def test_a_look_is_a_few_cells():
+    frame = isolation.look(["opt"], ["sdpa", "packlib_varlen"], ["FlatteningCollator"])
+    assert frame["verdict"].tolist() == ["leak", "exact"]
+    page = isolation.styled(frame).to_html()
+    assert isolation.VERDICTS["leak"] in page and "an edit moves others by" in page
+
+
+def test_influence_is_drawn_as_it_was_measured():
+    reports = [check_isolation(small_model(name), lengths=[5, 4, 6]) for name in ("llama", "opt")]
+    figure = isolation.influence_pictures(reports)
+    figure.canvas.draw()
+    assert figure.alt == "llama, sdpa: exact; opt, sdpa: leak"
+    for ax, report in zip(figure.axes, reports):
+        assert [text.get_text() for text in ax.texts] == [f"{x:.2g}" for row in report.influence for x in row]
+
+
+def test_weights_of_the_loss_are_those_of_the_examples():
+    examples = isolation.weighed_examples(seed=1)
+    assert [len(example["input_ids"]) for example in examples] == list(isolation.WEIGHED)
+    equal = isolation.equivalence("llama", examples)
+    assert equal["weighting"].tolist() == ["per_token", "per_example"] and equal["gradient_error"].max() < 1e-4
+    weights = isolation.weightings("llama", examples)
+    for weighting in ("per_token", "per_example"):
+        mean = (weights["loss"] * weights[f"weight {weighting.replace('_', ' ')}"]).sum()
+        packed = equal.set_index("weighting").loc[weighting, "loss_packed"]
+        assert mean == pytest.approx(packed, rel=1e-5)
+
+
+def test_findings_count_the_cells(matrix):
+    equal = pd.DataFrame({"gradient_error": [1e-7, 2e-7]})
+    ran, disagree, ours, gradients = isolation.findings(matrix, "float32", equal)
+    cells = isolation.judged(matrix, "float32")
+    assert f": 6 of {(~cells['verdict'].isin(['unsupported', 'refused'])).sum()} combinations" in ran
+    assert disagree.startswith("0 of 63 verdicts") and "0 leaks in attention, 0 in all" in ours
+    assert gradients.endswith("is 2.0e-07.")
+
+
+def test_the_newest_matrix_is_the_published_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="python -m packlib matrix"):
+        isolation.published(tmp_path)
+    for version, created in (("1", "2026-02-01"), ("2", "2026-01-01")):
+        environment = {"created": created, "transformers": version}
+        records.write_json(tmp_path / f"transformers-{version}.json", {"environment": environment})
+    assert isolation.published(tmp_path)["environment"]["transformers"] == "1"
+
+
+def test_publishing_leaves_a_record_and_its_figure(tmp_path, monkeypatch, matrix):
+    monkeypatch.setattr(isolation, "run_matrix", lambda models: matrix)
+    said = isolation.publish(["llama"], tmp_path)
+    (record,) = tmp_path.glob("*.json")
+    assert said == f"63 cells, 0 disagree with float64: {record}"
+    assert isolation.published(tmp_path)["cells"] == matrix["cells"]
+    with Image.open(record.with_suffix(".png")) as image:
+        assert image.info["Description"] == isolation.heat_map(matrix).alt
 
 
 @pytest.mark.slow

@@ -1,17 +1,26 @@
-"""Like is set beside like; what one side does not say stays empty; every ratio, limit and sentence follows from hand-made records."""
+"""Like is set beside like; what one side does not say stays empty; ratios, limits and sentences follow from records."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
-from packlib.lab import comparison, models, paper, records
-from packlib.lab.convergence import EPOCHS, FIXED, POSID, STEPS
-from packlib.lab.spec import RunSpec
+from packlib.lab import models, paper, records
+from packlib.lab.spec import Rig, RunSpec
+from packlib.lab.studies import convergence
+from packlib.lab.studies import paper as comparison
+from packlib.lab.studies.convergence import EPOCHS, FIXED, POSID, STEPS
+from tests.lab.studies import made_records
 
-GPU = RunSpec(model="mistral-7b", corpus="multitask_mistral_{split}.npz", batch_size=4, max_tokens=4096, gradient_accumulation=2, dtype="bfloat16")
+GPU = RunSpec(
+    model="mistral-7b",
+    corpus="multitask_mistral_{split}.npz",
+    batch_size=4,
+    max_tokens=4096,
+    gradient_accumulation=2,
+    dtype="bfloat16",
+)
 TINY = RunSpec(model="tiny-llama", corpus="pydocs")
 DATA, STAND_INS = {"multitask": "FLAN", "pydocs": "FLAN", "math": "OrcaMath"}, {"tiny-llama": "mistral-7b"}
 
@@ -19,19 +28,28 @@ DATA, STAND_INS = {"multitask": "FLAN", "pydocs": "FLAN", "math": "OrcaMath"}, {
 def write(folder, spec, *, rate=0.0, memory=1e9, waste=1.0, status="ok", loss=None, steps=10, devices=1, concurrent=1):
     """A record as a measured run leaves it, without measuring."""
     metrics = {
-        "tokens_per_s": {"mean": rate}, "slots_per_s": {"mean": rate * waste}, "step_seconds": {"p50": 1.0}, "peak_memory_bytes": memory,
-        "measured_fill": 1 / waste, "measured_waste": waste, "optimizer_steps": steps, "model_flops_utilization": 0.5, "kernel": "torch_varlen",
+        "tokens_per_s": {"mean": rate},
+        "slots_per_s": {"mean": rate * waste},
+        "step_seconds": {"p50": 1.0},
+        "peak_memory_bytes": memory,
+        "measured_fill": 1 / waste,
+        "measured_waste": waste,
+        "optimizer_steps": steps,
+        "model_flops_utilization": 0.5,
+        "kernel": "torch_varlen",
         "eval_loss_per_token": loss,
-    }  # fmt: skip
+    }
     plan = {"examples": 1000, "rows": 250, "real_tokens": 500_000, "waste": waste}
-    record = {"run_id": spec.run_id, "status": status, "error": None, "spec": asdict(spec), "environment": {"created": "now", "device": "GPU"}}
-    record["environment"] |= {"device_count": devices, "concurrent_runs": concurrent}
-    records.write_record(folder, record | {"plan": plan, "metrics": metrics if status == "ok" else None, "trace": None})
+    environment = {"device_count": devices, "concurrent_runs": concurrent}
+    made_records.write(folder, spec, status=status, metrics=metrics, plan=plan, environment=environment)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """mistral-7b: packing is 1.5 times padding, of a limit of 2; a second batch size has the fewer arms, one arm did not fit."""
+    """mistral-7b: packing is 1.5 times padding, of a limit of 2.
+
+    A second batch size has fewer arms, and one arm did not fit.
+    """
     folder = records.run_folder(tmp_path / "somewhere")
     write(folder, GPU, rate=1000, memory=70e9, waste=2.0)
     write(folder, replace(GPU, strategy="minibatch_packing"), rate=1500, memory=63e9)
@@ -92,12 +110,21 @@ def test_every_row_of_table_2_is_there_once(folder):
 def test_a_stand_in_has_the_papers_ratios_and_none_of_its_absolute_numbers(tmp_path):
     folder = records.run_folder(tmp_path / "cpu")
     for strategy, rate in (("padding", 100), ("minibatch_packing", 180)):
-        write(folder, replace(TINY, strategy=strategy), rate=rate, memory=1e9, waste=2.0 if strategy == "padding" else 1.0, devices=0)
+        write(
+            folder,
+            replace(TINY, strategy=strategy),
+            rate=rate,
+            memory=1e9,
+            waste=2.0 if strategy == "padding" else 1.0,
+            devices=0,
+        )
     packed = row(beside(folder), model="tiny-llama", strategy="minibatch_packing")
     assert packed["speed_up_paper"] == pytest.approx(1408 / 742) and pd.isna(packed["tokens_per_s_paper"])
     assert pd.isna(packed["floor"]), "a process's own memory is in the peak of a CPU run"
     alone = comparison.side_by_side(comparison.speed_arms(comparison.measured(folder)), {}, {})
-    assert pd.isna(row(alone, model="tiny-llama", strategy="minibatch_packing")["speed_up_paper"]), "nothing stands for anything by itself"
+    assert pd.isna(row(alone, model="tiny-llama", strategy="minibatch_packing")["speed_up_paper"]), (
+        "nothing stands for anything by itself"
+    )
 
 
 def test_orcamath_is_the_blogs_about(tmp_path):
@@ -144,19 +171,25 @@ def test_settings_say_what_differs(folder):
     assert table.loc["gradients, AdamW's moments"].tolist() == ["", "bfloat16"]
 
 
-LOSSES = [("padding", "", 2.0, 40), (FIXED, EPOCHS, 3.0, 5), (POSID, EPOCHS, 2.5, 5), (FIXED, STEPS, 2.25, 40), (POSID, STEPS, 2.125, 40)]
+LOSSES = [
+    ("padding", "", 2.0, 40),
+    (FIXED, EPOCHS, 3.0, 5),
+    (POSID, EPOCHS, 2.5, 5),
+    (FIXED, STEPS, 2.25, 40),
+    (POSID, STEPS, 2.125, 40),
+]
 
 
 @pytest.fixture
 def trained(folder):
-    base = replace(TINY, batch_size=8, eval_every=2, eval_examples=8, limit=320)
-    for seed in (0, 1):
-        for strategy, variant, loss, steps in LOSSES:
-            changes = {"batch_size": 2, "steps": 40} if variant == STEPS else {}
-            write(folder, replace(base, strategy=strategy, seed=seed, **changes), rate=1, memory=1.0, loss=loss + seed, steps=steps)
-    write(folder, replace(base, strategy=FIXED, atom_size=64, batch_size=2), loss=99.0)
-    write(folder, replace(base, strategy="multipack_posid", learning_rate=1.0), loss=99.0)
-    write(folder, replace(base, limit=32), loss=99.0)
+    base = replace(TINY, batch_size=8, eval_examples=8, limit=320)
+    losses = {(strategy, variant): (loss, steps) for strategy, variant, loss, steps in LOSSES}
+    for arm in convergence.arms(base, rows_per_step=2, seeds=[0, 1]):
+        loss, steps = losses.get((arm.strategy, arm.variant), (99.0, 40))  # of other arms of notebook 07
+        write(folder, arm.spec, rate=1, memory=1.0, loss=loss + arm.spec.seed, steps=steps)
+    write(folder, replace(base, strategy=POSID, eval_every=7), loss=99.0)  # of no arm at all
+    short = convergence.arms(replace(base, limit=32), rows_per_step=2, groups=["padding"], seeds=[0])
+    write(folder, short[0].spec, loss=99.0)  # of another setting
     return folder
 
 
@@ -165,9 +198,13 @@ def test_table_4_finds_the_arms_by_their_steps(trained):
     four = comparison.table_4(comparison.convergence_arms(frame))
     ours = four[four["source"] == "ours"]
     assert set(ours["setting"]) == {"somewhere: tiny-llama on pydocs"}
-    assert ours["loss"].tolist() == [2.5, 3.5, 3.0, 2.75, 2.625], "the means over seeds; atoms and other settings are elsewhere"
+    assert ours["loss"].tolist() == [2.5, 3.5, 3.0, 2.75, 2.625], (
+        "the means over seeds; atoms and other settings are elsewhere"
+    )
     assert ours["steps"].tolist() == [40, 5, 5, 40, 40] and ours["difference"].tolist() == [0.0, 1.0, 0.5, 0.25, 0.125]
-    assert set(comparison.speed_arms(frame)["model"]) == {"mistral-7b"}, "runs that evaluate on the way are not timed against Table 2"
+    assert set(comparison.speed_arms(frame)["model"]) == {"mistral-7b"}, (
+        "runs that evaluate on the way are not timed against Table 2"
+    )
 
 
 def test_findings_are_computed(trained):
@@ -187,13 +224,46 @@ def test_findings_are_computed(trained):
 def test_bars_carry_their_limit_and_no_number_lies_under_it(folder):
     table = beside(folder)
     rows = table[(table["run"] == "somewhere") & (table["strategy"] != "padding")]
-    figure = comparison.bars(rows, "speed_up", ["model", "batching"], "Speed-up", "ratio", "limit", "the waste")
-    ax = figure.axes[0]
+    figure = comparison.ratio_bars(rows, "speed_up", ["model", "batching"], "Speed-up")
+    (ax,) = figure.axes
     assert figure.get_suptitle() == "Speed-up:\n1.55 to 2.20 here, 1.90 to 4.06 in the paper"
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["mistral-7b, offline packing + PosID", "mistral-7b, MiniBatchPacking + PosID"]
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == ["mistral-7b, offline packing + PosID", "mistral-7b, MiniBatchPacking + PosID"]
     dashed = [line for line in ax.lines if line.get_linestyle() == "--" and len(line.get_xdata()) == 2]
     assert [list(line.get_xdata()) for line in dashed] == [[2.0, 2.0], [2.0, 2.0]]
     numbers = {text.get_text().strip(): text.get_position()[0] for text in ax.texts}
     assert numbers["1.55"] == 2.0, "moved past the limit that it would lie under"
     assert numbers["2.2"] == 2.2
-    plt.close(figure)
+
+
+def test_every_run_has_its_figures(trained):
+    frame = comparison.measured(trained)
+    table, four = beside(trained), comparison.table_4(comparison.convergence_arms(frame))
+    figures = comparison.speed_figures(table)
+    assert list(figures) == ["somewhere"]
+    settings = comparison.table_4_settings(four)
+    assert list(settings) == ["somewhere: tiny-llama on pydocs"]
+    for figure in (
+        *figures.values(),
+        comparison.blog_throughput(table),
+        comparison.blog_memory(table),
+        *(comparison.table_4_figure(rows, name) for name, rows in settings.items()),
+    ):
+        figure.canvas.draw()
+        assert figure.alt and "\n" not in figure.alt
+
+
+def test_without_a_run_the_papers_bars_are_shown(tmp_path):
+    table = beside(records.run_folder(tmp_path / "nothing"))
+    assert list(comparison.speed_figures(table)) == ["paper"]
+    assert "nothing here, 1.40 to 1.96 in the paper" in comparison.blog_throughput(table).get_suptitle()
+
+
+def test_a_rig_of_its_own_has_a_name_of_its_own_and_no_value_of_the_paper(folder):
+    base = replace(GPU, rig=Rig(liger=True))
+    write(folder, base, rate=2000, memory=70e9, waste=2.0)
+    write(folder, replace(base, strategy="minibatch_packing"), rate=2500, memory=63e9)
+    table = beside(folder)
+    packed = row(table, model="mistral-7b+liger", strategy="minibatch_packing")
+    assert packed["speed_up"] == 1.25 and pd.isna(packed["speed_up_paper"]) and packed["floor"] < 1
+    assert row(table, run="somewhere", model="mistral-7b", strategy="minibatch_packing")["speed_up"] == 1.55

@@ -1,0 +1,124 @@
+"""What notebook 03 says of plans is what they have, and its pictures draw it."""
+
+import numpy as np
+import pytest
+
+from packlib import plans
+from packlib.lab.studies import planning
+from packlib.plans import best_fit_decreasing, shuffled_batches
+
+LENGTHS = np.random.default_rng(0).lognormal(np.log(100) - 0.5, 1.0, 1500).clip(2, 512).astype(int)
+SIZES = {"batch_size": 4, "max_tokens": 512}
+
+
+def test_planners_are_those_of_the_strategies_and_the_other_packers():
+    found = planning.planners()
+    assert list(found) == [
+        "shuffled_batches",
+        "length_grouped_batches",
+        "token_budget",
+        "dynamic_programming",
+        "fixed_length",
+        "next_fit (random)",
+        "next_fit (sorted)",
+        "best_fit_decreasing",
+        "first_fit_decreasing",
+        "histogram",
+    ]
+    assert [strategy.size for strategy in found.values()] == ["examples"] * 2 + ["batch"] * 2 + ["row"] * 6
+    assert {strategy.planner.__name__ for strategy in found.values()} <= set(plans.__all__)
+
+
+def test_every_planner_has_a_line_that_agrees_with_its_plan():
+    table = planning.planner_table(LENGTHS, **SIZES).set_index("planner")
+    assert list(table.index) == list(planning.planners())
+    assert table.loc["best_fit_decreasing", "rows"] == len(best_fit_decreasing(LENGTHS, 512, overflow="error"))
+    assert table.loc["fixed_length", "broken_examples"] > 0
+    assert (table.drop("fixed_length")["broken_examples"] == 0).all()
+    assert table.loc["shuffled_batches", "randomness"] > 0.7 > 0.5 > table.loc["length_grouped_batches", "randomness"]
+
+
+def test_a_planner_is_named_by_its_label():
+    assert planning.report_line(LENGTHS[:20], "shuffled_batches", **SIZES).startswith("5 rows, waste ")
+    assert "capacity fill 0." in planning.report_line(LENGTHS[:20], "histogram", **SIZES)
+    for function in (planning.report_line, lambda n, name, **sizes: planning.row_pictures(n, [name], seed=0, **sizes)):
+        with pytest.raises(ValueError, match=r"unknown planner 'best_fit'; known: best_fit_decreasing"):
+            function(LENGTHS, "best_fit", **SIZES)
+
+
+def test_no_packer_needs_fewer_rows_than_the_bound():
+    assert planning.fewest_rows(np.array([5, 5, 1]), 10) == 2 and planning.fewest_rows(np.array([5, 5]), 10) == 1
+    assert planning.fewest_rows(LENGTHS, 512) <= len(best_fit_decreasing(LENGTHS, 512, overflow="error"))
+
+
+def test_fill_grows_with_what_is_planned_at_once():
+    table = planning.fill_by_chunk(LENGTHS, 512, [10, 100, 10**6])
+    assert table["chunk"].tolist() == [10, 100, len(LENGTHS)]
+    assert table["fill"].is_monotonic_increasing
+    assert table["rows"].iloc[-1] == len(best_fit_decreasing(LENGTHS, 512, overflow="error"))
+    assert planning.fill_by_chunk(LENGTHS, 512, [10])["chunk"].tolist() == [10, len(LENGTHS)], "all at once, too"
+    assert planning.planned_at(table, 90)["chunk"] == 100
+
+
+def test_constant_examples_are_constant():
+    plan = best_fit_decreasing(LENGTHS, 512, overflow="error")
+    table = planning.examples_per_step(plan)
+    (target,) = [name for name in table if name.startswith("exactly")]
+    shuffled, constant = table.index
+    assert constant == f"constant_examples({target.split()[1]})"
+    assert table.loc[constant, target] > 90 > 50 > table.loc[shuffled, target]
+
+
+def test_ranks_wait_for_the_dearest():
+    plan = shuffled_batches([1, 2, 3, 4], 1).take([0])
+    four = plans.next_fit([1, 1, 2, 3], 3, overflow="error", order="sorted")
+    assert planning.slowest_over_mean(plan, 1) == 1
+    costs = four.row_costs()[: len(four) // 2 * 2].reshape(-1, 2)
+    assert planning.slowest_over_mean(four, 2) == costs.max(axis=1).sum() / costs.mean(axis=1).sum() > 1
+    assert planning.rank_costs(four, 2).mean(axis=1) == pytest.approx(1)
+
+
+def test_long_to_short_sorts_rows_by_their_longest():
+    plan = planning.long_to_short(best_fit_decreasing(LENGTHS, 512, overflow="error"))
+    longest = np.maximum.reduceat(plan.stop - plan.start, plan.row_splits[:-1])
+    assert (np.diff(longest) <= 0).all()
+
+
+def test_row_pictures_draw_every_token():
+    names = list(planning.planners())
+    figure = planning.row_pictures(LENGTHS[:12], names, seed=0, **SIZES)
+    shown = [ax for ax in figure.axes if ax.get_visible()]
+    assert [ax.get_title(loc="left").split(":")[0] for ax in shown] == names
+    for name, ax in zip(names, shown):
+        tokens = sum(bar.get_width() for bar in ax.patches if bar.get_hatch() is None)
+        pads = sum(bar.get_width() for bar in ax.patches if bar.get_hatch())
+        strategy = planning.planners()[name]
+        plan = planning.plan_for(strategy, LENGTHS[:12], seed=0, **SIZES)
+        assert tokens == LENGTHS[:12].sum() and tokens + pads == plan.report(LENGTHS[:12], strategy.layout).slots
+
+
+def test_figures_draw_and_say_what_they_show():
+    plan = best_fit_decreasing(LENGTHS, 512, overflow="error")
+    for figure in (
+        planning.row_pictures(LENGTHS[:12], list(planning.planners()), seed=0, **SIZES),
+        planning.fill_growth(planning.fill_by_chunk(LENGTHS, 512, [100, 1000])),
+        planning.drift({"sorted": planning.long_to_short(plan), "shuffled": plan}),
+        planning.rank_waiting({"as planned": plan, "balanced": plan.balance(4)}, 4),
+    ):
+        figure.canvas.draw()
+        assert len(figure.alt) > 8
+        for ax in figure.axes:
+            if ax.get_visible():
+                assert ax.get_title(loc="left") and ax.get_xlabel(), figure.alt
+
+
+def test_findings_are_computed():
+    table, growth = planning.planner_table(LENGTHS, **SIZES), planning.fill_by_chunk(LENGTHS, 512, [100])
+    waiting = {"as planned": 1.5, "balanced": 1.25}
+    said = planning.findings(table, growth, waiting, lengths=LENGTHS, max_tokens=512, ranks=8)
+    by_planner = table.set_index("planner")
+    rows = by_planner.loc["best_fit_decreasing", "rows"]
+    assert said[0].startswith(f"Best fit packs 1,500 examples into {rows} rows in ")
+    assert f"breaks {by_planner.loc['fixed_length', 'broken_examples']} of 1,500" in said[1]
+    assert said[2].startswith("Planned 1,500 at a time") and said[2].count(f"{growth['fill'].iloc[-1]:.2%}") == 2
+    assert said[3].startswith("On 8 ranks the slowest does 1.50 ×") and said[3].endswith("balanced, 1.25 ×.")

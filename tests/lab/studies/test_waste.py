@@ -1,0 +1,110 @@
+"""What notebooks 00 and 01 count is what the plans have; their pictures draw it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from packlib.lab import advice
+from packlib.lab.strategies import STRATEGIES
+from packlib.lab.studies import waste
+from packlib.plans import shuffled_batches
+
+LENGTHS = np.random.default_rng(0).lognormal(np.log(100) - 0.5, 1.0, 1500).clip(2, 512).astype(int)
+EIGHT = [4, 8, 5, 11, 3, 14, 6, 5]
+
+
+def test_every_strategy_has_a_line():
+    table = waste.strategy_table(EIGHT, batch_size=4)
+    assert list(table.index) == list(STRATEGIES)
+    assert table.loc["padding", "slots"] == shuffled_batches(EIGHT, 4).report(EIGHT, "padded").slots
+    assert (table.loc[table["layout"] == "flat", "slots"] == sum(EIGHT)).all()
+    assert list(table.index[table["boundary"] == "row"]) == ["fixed_length_packing"]
+    assert table.loc["trl_padding", "plan"] == "TRL's own" and table.loc["dynapipe", "plan"] == "dynamic_programming"
+
+
+def test_waste_grows_with_the_batch_and_packing_has_none():
+    table = waste.waste_by_batch_size(LENGTHS, [1, 4, 16])
+    table = table.pivot(index="batch_size", columns="strategy", values="waste")
+    assert table.loc[1, "padding"] == 1
+    assert table["padding"].is_monotonic_increasing
+    assert (table["group_by_length"].loc[4:] < table["padding"].loc[4:]).all()
+    assert (table["minibatch_packing"] == 1).all()
+
+
+def test_a_capacity_loses_what_it_cuts():
+    table = waste.capacity_table(np.array([100, 300]), [128, 512])
+    assert table["lost_tokens"].tolist() == [pytest.approx(172 / 400), 0.0]
+    assert table["cut_examples"].tolist() == [0.5, 0.0]
+    assert table["rows"].tolist() == [2, 1]
+
+
+def test_larger_vocabularies_shorten_the_text():
+    table = waste.tokenizer_table("arithmetic", ["bpe:300", "bpe:1024"], batch_size=4, max_tokens=512, limit=200)
+    assert table["tokens"].is_monotonic_decreasing
+    assert table["packed rows"].iloc[1] < table["packed rows"].iloc[0]
+    assert (table["padding waste"] > 1).all()
+
+
+def test_lengths_are_scaled_to_a_page():
+    few = waste.page_sized(LENGTHS, seed=1)
+    assert len(few) == waste.PAGE_EXAMPLES and max(few) == waste.PAGE_TOKENS and min(few) >= 1
+    assert few == waste.page_sized(LENGTHS, seed=1)
+
+
+def test_slots_picture_draws_the_plan():
+    plan = shuffled_batches(EIGHT, 4, seed=0)
+    figure = waste.slots_picture(plan, EIGHT)
+    slots = [sum(patch.get_width() for patch in ax.patches) for ax in figure.axes[::2]]
+    assert slots == [plan.report(EIGHT, "padded").slots, 56, 56]
+    assert slots[0] > 56
+    assert [text.get_text() for text in figure.axes[2].texts] == [chr(65 + s.example) for row in plan for s in row]
+    assert f"{slots[0]:.0f} slots padded, 56 packed" in figure.alt
+
+
+def test_attention_image_counts_scores():
+    lengths = [4, 8, 5, 11]
+    inside = sum(n * (n + 1) // 2 for n in lengths)
+    line = list(enumerate(lengths))
+    assert waste.attention_image([line], True)[1:] == (0, inside)
+    assert waste.attention_image([line], False)[1:] == (28 * 29 // 2 - inside, 28 * 29 // 2)
+    padded = [[(e, n), (waste.PADDING, 11 - n)] for e, n in line]
+    image, foreign, scores = waste.attention_image(padded, True)
+    assert (image.shape, foreign, scores) == ((44, 44, 3), 0, inside)
+
+
+@pytest.fixture(scope="module")
+def advised():
+    return {"a": advice.advise(LENGTHS, max_tokens=512, model="tiny-llama")}
+
+
+def test_figures_draw_and_say_what_they_show(advised):
+    for figure in (
+        waste.length_histograms({"a": LENGTHS, "b": np.full(10, 7)}),
+        waste.waste_curves({"a": waste.waste_by_batch_size(LENGTHS, [1, 4])}),
+        waste.capacity_curves({"a": waste.capacity_table(LENGTHS, [64, 512])}),
+        waste.predicted_speed_ups(advised),
+    ):
+        figure.canvas.draw()
+        assert len(figure.alt) > 8
+        for ax in figure.axes:
+            assert ax.get_title(loc="left") and ax.get_xlabel(), figure.alt
+
+
+def test_predictions_show_their_limit(advised):
+    padding, *others = advised["a"].strategies
+    figure = waste.predicted_speed_ups(advised)
+    assert f"{max(p.speed_up for p in others):.2f} × on a" in figure.get_suptitle()
+    dashed = [line.get_xdata() for line in figure.axes[0].lines if line.get_linestyle() == "--"]
+    limits = [x[0] for x in dashed if len(x)]  # the legend's line has no points
+    assert limits == [padding.waste / p.waste for p in advised["a"].strategies]
+
+
+def test_findings_are_computed(advised):
+    columns = ["tokenizer", "vocabulary", "tokens", "padding waste"]
+    by_tokenizer = pd.DataFrame([("many", 900, 1000, 1.5), ("few", 300, 4000, 1.25)], columns=columns)
+    nothing = pd.DataFrame(columns=["error"])
+    first, second = waste.findings(advised, by_tokenizer, nothing, batch_size=4)
+    assert first == f"a, 4 examples a mini-batch: {advised['a'].recommendation}"
+    assert second.startswith("a: from few to many the text shrinks from 4,000 to 1,000 tokens")
+    compared = pd.DataFrame({"error": [0.01, -0.08]})
+    assert "within 8% of" in waste.findings(advised, by_tokenizer, compared, batch_size=4)[-1]
