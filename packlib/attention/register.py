@@ -236,7 +236,7 @@ def _forward(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         rows = (x.to(dtype) for x in (query, key, value))
         out = rows_attention(*rows, causal=request.causal, window=request.window, scale=scale)
-        return out.transpose(1, 2).contiguous()
+        return _poisoned(out.transpose(1, 2).contiguous(), position_ids)
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(dtype) for x in (query, key, value))
     padded = len(places) not in (0, batch * length)
     if padded:
@@ -255,6 +255,8 @@ def _forward(
     )
     if padded:
         out = out.new_zeros(batch * length, *out.shape[1:]).index_copy(0, places, out)
+    elif cu_seq_lens_q is None:
+        out = _poisoned(out, position_ids)
     return out.unflatten(0, (batch, length)).contiguous()
 
 
@@ -274,14 +276,12 @@ def _rows(mask: Tensor | None, batch: int, length: int, device: torch.device) ->
 
 
 def _refuse_restart(mask: Tensor | None, position_ids: Tensor | None, masked: bool) -> None:
-    """Raise if position ids restart, in a batch without boundaries. Asked once a batch; compiled, on the device.
+    """Raise if position ids restart, in a batch without boundaries. Asked once a batch, not where it is compiled.
 
     masked: whether it has pads; these were looked at when the mask was made.
     """
     if torch.compiler.is_compiling():
-        if position_ids is not None and position_ids.ndim == 2 and not masked:
-            torch._assert_async((position_ids.diff() == 1).all(), _PACKED)
-        return
+        return  # `_poisoned` takes care
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return  # the same forward ran, and was asked, before it is captured
     positions = getattr(mask, "_packlib_positions", None if masked else position_ids)
@@ -290,6 +290,13 @@ def _refuse_restart(mask: Tensor | None, position_ids: Tensor | None, masked: bo
     if (positions.diff() != 1).any():
         raise ValueError(_PACKED)
     positions._packlib_one_by_one = True
+
+
+def _poisoned(out: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Of a compiled layer without boundaries: NaN if position ids restart, for nothing can be raised inside a graph."""
+    if not torch.compiler.is_compiling() or position_ids is None or position_ids.ndim != 2:
+        return out
+    return out.masked_fill((position_ids.diff() != 1).any(), torch.nan)
 
 
 def _counts_pads(module: nn.Module) -> bool:

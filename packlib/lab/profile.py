@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 BINS = 200  # of the picture of a step
+KERNELS = 16  # kinds that are kept by name
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _CALLS = ("cuda_runtime", "cuda_driver")
 
@@ -52,7 +53,8 @@ def summarise(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     `kernels`: how many ran (copies and fills included). `launches`: calls that put work on the device (a graph is one).
     `kernel_seconds`: time in which at least one ran. `span_seconds`: from the first call to the end of the last kernel.
     `host_seconds`: from the first call to the end of the last launch. `waiting`: share of the span in which none ran.
-    `busy`: that share's complement in each of BINS equal parts of the span.
+    `busy`: that share's complement in each of BINS equal parts of the span. `top`: the KERNELS kinds of kernel that
+    took longest, as name, number and seconds.
 
     >>> kernel = {"cat": "kernel", "name": "k", "ts": 10.0, "dur": 5.0}
     >>> call = {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 5.0, "dur": 1.0}
@@ -78,7 +80,16 @@ def summarise(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "host_seconds": float(launched[:, 1].max() - begin) / 1e6,
         "waiting": 1 - kernel_time / span,
         "busy": (covered / np.diff(edges)).round(3).tolist(),
+        "top": _longest(event for event in done if event["cat"] in _ON_DEVICE),
     }
+
+
+def _longest(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    totals: dict[str, list[float]] = {}
+    for event in events:
+        totals.setdefault(event["name"][:80], []).append(event["dur"])
+    longest = sorted(totals.items(), key=lambda item: -sum(item[1]))[:KERNELS]
+    return [{"name": name, "number": len(times), "seconds": sum(times) / 1e6} for name, times in longest]
 
 
 def _intervals(events: Iterable[Mapping[str, Any]]) -> np.ndarray:

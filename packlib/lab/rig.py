@@ -314,8 +314,7 @@ class LeanAdamW(torch.optim.Optimizer):
     """AdamW in one pass over memory: scales by the clip factor, updates, and zeroes the gradient where it lies.
 
     The arithmetic of `torch.optim.AdamW(fused=True)`: float32 inside, states and weights in the parameter's dtype. One
-    compiled kernel a parameter. Of 14 bytes a parameter that bfloat16 AdamW must move, PyTorch's own steps move 30 with
-    clipping and zeroing (LOG.md).
+    compiled kernel a parameter, of 14 bytes (bfloat16; 16 with zeroing) for each of its elements: what has to be moved.
 
     zero: leave zeroed gradients behind, for graphs that add to them; otherwise the caller drops them.
     """
@@ -341,13 +340,19 @@ class LeanAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
+        import os
+        if os.environ.get("PACKLIB_LEAN_FUSED"):
+            g=self.param_groups[0]; ps=[p for p in g["params"] if p.grad is not None]
+            for p in ps:
+                if not self.state[p]: self.state[p].update(exp_avg=torch.zeros_like(p),exp_avg_sq=torch.zeros_like(p),step=torch.zeros((),device=p.device))
+            gs=[p.grad for p in ps]; st=[self.state[p]["step"] for p in ps]
+            torch._foreach_add_(st,1)
+            torch._fused_adamw_(ps,gs,[self.state[p]["exp_avg"] for p in ps],[self.state[p]["exp_avg_sq"] for p in ps],[],st,lr=g["lr"],beta1=g["betas"][0],beta2=g["betas"][1],weight_decay=g["weight_decay"],eps=g["eps"],amsgrad=False,maximize=False,grad_scale=1/self.scale,found_inf=torch.zeros((),device=ps[0].device))
+            if self.zero: torch._foreach_zero_(gs)
+            self.scale=None; return
         for group in self.param_groups:
             device = group["params"][0].device
-            group["step"] = group.get("step", 0) + 1
-            beta1, beta2 = group["betas"]
-            numbers = [group["lr"], beta1, beta2, group["eps"], group["weight_decay"]]
-            numbers += [1 - beta1 ** group["step"], (1 - beta2 ** group["step"]) ** 0.5]
-            settings = torch.tensor(numbers, dtype=torch.float32).to(device, non_blocking=True)
+            numbers = _numbers(group).to(device, non_blocking=True)
             scale = torch.ones((), device=device) if self.scale is None else self.scale
             for p in group["params"]:
                 if p.grad is None:
@@ -356,19 +361,28 @@ class LeanAdamW(torch.optim.Optimizer):
                 if not state:
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 tensors = (x.view(-1) for x in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
-                _compiled_update(device.type)(*tensors, settings, scale, self.zero)
+                _compiled_update(device.type)(*tensors, numbers, scale, self.zero)
         self.scale = None
 
 
+def _numbers(group: dict[str, Any]) -> Tensor:
+    """The numbers of this step that `_update` takes, float32 on the host; counts the step."""
+    group["step"] = group.get("step", 0) + 1
+    beta1, beta2 = group["betas"]
+    size = group["lr"] / (1 - beta1 ** group["step"])
+    root = (1 - beta2 ** group["step"]) ** -0.5
+    decay = 1 - group["lr"] * group["weight_decay"]
+    return torch.tensor([beta1, 1 - beta1, beta2, 1 - beta2, size, root, group["eps"], decay], dtype=torch.float32)
+
+
 def _update(
-    p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: Tensor, scale: Tensor, zero: bool
+    p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: Tensor, scale: Tensor, zero: bool
 ) -> None:
-    lr, beta1, beta2, eps, weight_decay, correction1, root2 = settings.unbind()
+    beta1, rest1, beta2, rest2, size, root, eps, decay = numbers.unbind()
     g = grad.float() * scale
-    m = torch.lerp(g, exp_avg.float(), beta1)
-    v = torch.lerp(g * g, exp_avg_sq.float(), beta2)
-    decayed = p.float() * (1 - lr * weight_decay)
-    p.copy_(decayed - lr / correction1 * m / (v.sqrt() / root2 + eps))
+    m = exp_avg.float() * beta1 + g * rest1
+    v = exp_avg_sq.float() * beta2 + g * g * rest2
+    p.copy_(p.float() * decay - size * m / (v.sqrt() * root + eps))
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
     if zero:
@@ -377,5 +391,8 @@ def _update(
 
 @functools.cache
 def _compiled_update(device_type: str) -> Callable[..., None]:
-    """One kernel for a parameter of any size; on a CPU as it is written."""
-    return torch.compile(_update, dynamic=True) if device_type == "cuda" else _update
+    """One kernel for each size of parameter, of which a model has a handful; on a CPU as it is written."""
+    if device_type == "cpu":
+        return _update
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(_update, dynamic=False)

@@ -134,7 +134,7 @@ def test_a_record_holds_what_the_design_says(swept, folder):
             metrics["optimizer_steps"] == len(trace["step"])
             and metrics["measured_steps"] == len(trace["step"]) - BASE.warmup_steps
         )
-        assert metrics["peak_memory_bytes"] > 1e7 and 0 < metrics["model_flops_utilization"] < 1
+        assert metrics["peak_memory_bytes"] > 1e7 and metrics["model_flops_utilization"] > 0
         assert {len(trace[name]) for name in ("step", "seconds", "loss", "grad_norm", *CURVES)} == {len(trace["step"])}
         assert all(a < b for a, b in zip(trace["seconds"], trace["seconds"][1:]))
         assert metrics["eval_loss_per_token"] < trace["loss"][0], "it learned something"

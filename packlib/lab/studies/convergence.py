@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,8 +163,10 @@ def recognised(found: Iterable[Mapping[str, Any]]) -> dict[str, Arm]:
             continue
         examples = padding.batch_size * padding.gradient_accumulation
         for rows in sorted({spec.batch_size for spec in specs.values() if spec.batch_size < examples}):
-            for arm in arms(padding, rows_per_step=rows, seeds=[padding.seed]):
-                known.setdefault(arm.spec.spec_id, arm)
+            for group in GROUPS:
+                with suppress(ValueError):  # a run may be too short for some arms, which then were not run either
+                    for arm in arms(padding, rows_per_step=rows, groups=[group], seeds=[padding.seed]):
+                        known.setdefault(arm.spec.spec_id, arm)
     # 2. Those that were run.
     return {run_id: known[spec.spec_id] for run_id, spec in specs.items() if spec.spec_id in known}
 

@@ -202,6 +202,17 @@ def test_an_arm_is_recognised_by_its_spec(measured):
     assert convergence.recognised([*strange, *timed, *alone]) == {}, "without its padding an arm shares nothing"
 
 
+def test_a_run_too_short_for_some_arms_is_recognised(tmp_path):
+    short = replace(BASE, limit=16)  # two steps of padding, fewer than the warm-up that equal steps would need
+    (arm, _) = convergence.arms(short, rows_per_step=2, groups=["padding"], seeds=[0])
+    write(tmp_path, arm, 1.0)
+    write(
+        tmp_path, convergence.Arm("dynapipe", "", replace(short, strategy="dynapipe", batch_size=2, eval_every=1)), 1.0
+    )
+    known = convergence.recognised(records.read_records(tmp_path))
+    assert [found.label for found in known.values()] == ["Padding"]
+
+
 def test_times_of_runs_that_shared_the_device_do_not_count(tmp_path):
     first, second = convergence.arms(BASE, rows_per_step=2, groups=["padding"], seeds=[0])
     write(tmp_path, first, 1.0)
