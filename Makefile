@@ -5,6 +5,7 @@ VENV ?= .venv
 BOOTSTRAP ?= python3
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(VENV),$(VENV)/.ready)
+SOURCES := packlib tests benchmarks notebooks
 
 .PHONY: reproduce test lab bench tables
 .DEFAULT_GOAL := reproduce
@@ -21,8 +22,8 @@ reproduce: $(READY)
 	$(PYTHON) -m packlib reproduce $(PRESET)
 
 test: $(READY)
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check $(SOURCES)
+	$(PYTHON) -m ruff format --check $(SOURCES)
 	$(PYTHON) -m mypy packlib
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command as lint; lint(["--no-logo"])'
 	$(PYTHON) -m pytest

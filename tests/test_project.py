@@ -114,8 +114,8 @@ def test_citation():
 
 
 MAKE_TEST = [
-    "python -m ruff check .",
-    "python -m ruff format --check .",
+    "python -m ruff check packlib tests benchmarks notebooks",
+    "python -m ruff format --check packlib tests benchmarks notebooks",
     "python -m mypy packlib",
     """python -c 'from importlinter.cli import lint_imports_command as lint; lint(["--no-logo"])'""",
     "python -m pytest",
@@ -142,7 +142,8 @@ def test_make_test_checks_style_types_and_imports_before_it_tests():
 def test_pre_commit_formats_as_make_test_does():
     (ruff, strip) = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
     assert ruff["rev"] == f"v{PINS['ruff']}" and [hook["id"] for hook in ruff["hooks"]] == ["ruff-check", "ruff-format"]
-    assert [hook["id"] for hook in strip["hooks"]] == ["nbstripout"]
+    (hook,) = strip["hooks"]
+    assert (hook["id"], hook["args"], hook["files"]) == ("nbstripout", ["--keep-id"], "^notebooks/")
 
 
 # ---- README

@@ -12,16 +12,19 @@ def segment_lengths(cu_seqlens: Tensor) -> list[int]:
     >>> segment_lengths(torch.tensor([0, 4, 7], dtype=torch.int32))
     [4, 3]
     """
-    version, lengths = getattr(cu_seqlens, "_packlib_lengths", (None, None))
+    version, lengths = getattr(cu_seqlens, "_packlib_lengths", (None, []))
     if version != cu_seqlens._version:
-        ends = cu_seqlens.tolist()
-        lengths = [b - a for a, b in pairwise(ends)]
-        cu_seqlens._packlib_lengths = (cu_seqlens._version, lengths)
+        lengths = [b - a for a, b in pairwise(cu_seqlens.tolist())]
+        _remember(cu_seqlens, lengths)
     return lengths
+
+
+def _remember(cu_seqlens: Tensor, lengths: list[int]) -> None:
+    cu_seqlens._packlib_lengths = (cu_seqlens._version, lengths)  # type: ignore[attr-defined]
 
 
 def uniform_segments(segments: int, length: int, device: torch.device) -> Tensor:
     """`cu_seqlens` of segments of one length, rows without padding: int32 [segments + 1] on `device`, no waiting."""
     cu_seqlens = torch.arange(0, (segments + 1) * length, length, dtype=torch.int32, device=device)
-    cu_seqlens._packlib_lengths = (cu_seqlens._version, [length] * segments)
+    _remember(cu_seqlens, [length] * segments)
     return cu_seqlens

@@ -48,14 +48,24 @@ def _flash_functions(kernel: str) -> tuple[Callable[..., Tensor], Callable[..., 
                 f"{q.shape[0]} queries but {k.shape[0]} keys: the flash stand-in is for training, not for a cache"
             )
         window = None if window_size[0] < 0 else window_size[0] + 1
-        options = {"causal": causal, "window": window, "scale": softmax_scale, "softcap": softcap, "kernel": kernel}
-        return varlen_attention(q, k, v, cu_seqlens_q, int(max_seqlen_q), **options)
+        return varlen_attention(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            int(max_seqlen_q),
+            causal=causal,
+            window=window,
+            scale=softmax_scale,
+            softcap=softcap,
+            kernel=kernel,
+        )
 
     def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
         rows, length = q.shape[:2]
         boundaries = uniform_segments(rows, length, q.device)
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        out = flash_attn_varlen_func(*flat, boundaries, boundaries, length, length, **kwargs)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        out = flash_attn_varlen_func(q, k, v, boundaries, boundaries, length, length, **kwargs)
         return out.unflatten(0, (rows, length))
 
     return flash_attn_func, flash_attn_varlen_func
@@ -91,12 +101,12 @@ def flash_stand_in(kernel: str = "auto") -> Iterator[None]:
     utils = modeling_flash_attention_utils
     package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
     package.__spec__ = ModuleSpec("flash_attn", None)
-    package.packlib_stand_in = True
-    package.flash_attn_func, package.flash_attn_varlen_func = _flash_functions(kernel)
-    package.flash_attn_with_kvcache = _no_kvcache
-    padding.pad_input, padding.unpad_input = utils._pad_input, utils._unpad_input
+    dense, varlen = _flash_functions(kernel)
+    functions = {"flash_attn_func": dense, "flash_attn_varlen_func": varlen, "flash_attn_with_kvcache": _no_kvcache}
+    vars(package).update(functions, packlib_stand_in=True)
+    vars(padding).update(pad_input=utils._pad_input, unpad_input=utils._unpad_input)
     yes = mock.Mock(return_value=True)
-    replacements = [
+    replacements: list[Any] = [
         mock.patch.dict(sys.modules, {"flash_attn": package, "flash_attn.bert_padding": padding}),
         mock.patch.dict(utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2], {"general_availability_check": yes}),
         mock.patch.object(utils, "is_flash_attn_2_available", yes),
@@ -104,9 +114,8 @@ def flash_stand_in(kernel: str = "auto") -> Iterator[None]:
         mock.patch.object(PreTrainedModel, "_flash_attn_can_dispatch", yes),
         mock.patch.object(flash_attention, "get_target_dtype", _target_dtype),
     ]
-    for name, module in list(
-        sys.modules.items()
-    ):  # models imported before: they looked for flash-attn when they were imported
+    # Models that were imported before looked for flash-attn then.
+    for name, module in list(sys.modules.items()):
         if name.startswith("transformers.models.") and "is_flash_attn_available" in vars(module):
             forward = utils._flash_attention_forward
             replacements.append(mock.patch.object(module, "_flash_attention_forward", forward, create=True))

@@ -90,14 +90,12 @@ def flex_varlen(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, 
             k, v, grouped = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), False
     tail = mask.shape[-1] - total
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, tail)).transpose(0, 1)[None] for x in (q, k, v))
-    options = {
-        "block_mask": mask,
-        "scale": scale,
-        "enable_gqa": grouped,
-        "score_mod": _soft(softcap) if softcap else None,
-    }
+    soft = _soft(softcap) if softcap else None
     if torch.compiler.is_compiling():
-        return flex_attention(q, k, v, **options)[0].transpose(0, 1)[:total]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")  # on the CPU, on purpose
-        return _compiled(flex_attention, q.device.type)(q, k, v, **options)[0].transpose(0, 1)[:total]
+        out = flex_attention(q, k, v, score_mod=soft, block_mask=mask, scale=scale, enable_gqa=grouped)
+    else:
+        attend = _compiled(flex_attention, q.device.type)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "flex_attention called without torch.compile")  # on the CPU, on purpose
+            out = attend(q, k, v, score_mod=soft, block_mask=mask, scale=scale, enable_gqa=grouped)
+    return out[0].transpose(0, 1)[:total]

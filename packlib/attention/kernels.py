@@ -83,8 +83,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         q, k, v = (x.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for x in (q, k, v))
         return _sdpa_segments(q, k, v, call).transpose(1, 2).flatten(0, 1)
     # split and cat are one autograd node each; writing into slices would cost one node per segment
-    pieces = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)))
-    return torch.cat([_sdpa_segments(*piece, call).transpose(1, 2)[0] for piece in pieces])
+    q_pieces, k_pieces, v_pieces = (x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v))
+    found = (_sdpa_segments(*piece, call=call) for piece in zip(q_pieces, k_pieces, v_pieces))
+    return torch.cat([out.transpose(1, 2)[0] for out in found])
 
 
 @torch.library.custom_op("packlib::sdpa_segments", mutates_args=())
@@ -127,7 +128,7 @@ def _sdpa_operator_backward(
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool, window: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -144,10 +145,10 @@ _sdpa_operator.register_autograd(_sdpa_gradient, setup_context=_keep_inputs)
 
 def _sdpa_segments(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     """[segments, H, n, D] -> [segments, H, n, Dv], segments of one length."""
-    options = {"scale": call.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    scale, grouped = call.scale, q.shape[1] != k.shape[1]
     n, window = q.shape[2], call.window
     if window is None or window >= n:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=call.causal, **options)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=call.causal, scale=scale, enable_gqa=grouped)
     position, out = torch.arange(n, device=q.device), []
     for start in range(
         0, n, window
@@ -156,7 +157,7 @@ def _sdpa_segments(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         first, last = max(0, start - window + 1), stop if call.causal else min(n, stop + window - 1)
         mask = call.visible(position[start:stop, None], position[first:last])
         block = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
-        out.append(F.scaled_dot_product_attention(*block, attn_mask=mask, **options))
+        out.append(F.scaled_dot_product_attention(*block, attn_mask=mask, scale=scale, enable_gqa=grouped))
     return torch.cat(out, 2)
 
 
@@ -179,7 +180,7 @@ def _same_head_dim(kernel: _Run) -> _Run:
     return padded
 
 
-def _import_varlen_attn() -> tuple[Callable[..., Tensor] | None, tuple[str, ...]]:
+def _import_varlen_attn() -> tuple[Callable[..., Any] | None, tuple[str, ...]]:
     """PyTorch's varlen kernel and its options; None where PyTorch is older than 2.10.
 
     `is_causal` in 2.10, `window_size` from 2.11, `enable_gqa` from 2.12 (2.11 needs no word for it).
@@ -216,6 +217,7 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     else:
         q = q * (call.scale * q.shape[-1] ** 0.5)
     boundaries = (call.cu_seqlens, call.cu_seqlens, call.max_seqlen, call.max_seqlen)
+    assert _VARLEN_ATTN is not None  # `_has_torch_varlen` said so
     return _VARLEN_ATTN(q, k, v, *boundaries, **options)
 
 
@@ -234,6 +236,7 @@ FLASH_ATTN = _import_flash_attn()  # of the installed package (never of `flash_s
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     boundaries = (call.cu_seqlens, call.cu_seqlens, call.max_seqlen, call.max_seqlen)
     options = {"causal": call.causal, "window_size": call.sides, "softcap": call.softcap or 0.0}
+    assert FLASH_ATTN is not None  # `_has_flash_attn` said so
     return FLASH_ATTN(q, k, v, *boundaries, softmax_scale=call.scale, **options)
 
 

@@ -135,7 +135,7 @@ def _mask(
         layout = _real_tokens(attention_mask, positions, batch_size, q_length)
     mask = _Request(causal, window, chunk).encode(layout)
     if attention_mask is None and positions is not None:
-        mask._packlib_positions = positions  # looked at only if no boundaries reach the attention
+        mask._packlib_positions = positions  # type: ignore[attr-defined]  # looked at if no boundaries come
     return mask
 
 
@@ -194,23 +194,23 @@ def _forward(
             "without pad_to_multiple_of, or set output_router_logits = False"
         )
     # 2. What the mask asks for, and what the call says.
-    ours = attention_mask is not None and attention_mask.ndim == 3
-    if attention_mask is not None and not ours:
+    request, places = _Request(_is_causal(module, is_causal), sliding_window), query.new_empty(0)
+    if attention_mask is not None and attention_mask.ndim == 3:
+        request, places = _Request.decode(attention_mask), attention_mask[0, 0, batch + 1 :]
+    elif attention_mask is not None:
         raise ValueError(
             f"{type(module).__name__} makes a mask of its own, of shape {tuple(attention_mask.shape)}, which "
             "packlib_varlen would drop; use sdpa or eager attention"
         )
-    request = _Request.decode(attention_mask) if ours else _Request(_is_causal(module, is_causal), sliding_window)
     if sliding_window is not None and sliding_window != request.window:
         raise ValueError(
             f"{type(module).__name__} attends in a window of {sliding_window} tokens, but its mask has a window of "
             f"{request.window}; expected them to agree"
         )
     # 3. Where segments are.
-    places = attention_mask[0, 0, batch + 1 :] if ours else query.new_empty(0)
     if cu_seq_lens_q is None:
-        _refuse_restart(attention_mask if ours else None, position_ids, len(places) > 0)
-        cu_seqlens, max_seqlen = _rows(attention_mask if ours else None, batch, length, query.device), length
+        _refuse_restart(attention_mask, position_ids, len(places) > 0)
+        cu_seqlens, max_seqlen = _rows(attention_mask, batch, length, query.device), length
     elif len(places):
         raise ValueError("the batch has cu_seq_lens_q and an attention_mask; expected no mask beside boundaries")
     elif batch != 1:
@@ -270,9 +270,10 @@ def _rows(mask: Tensor | None, batch: int, length: int, device: torch.device) ->
         return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
     if torch.compiler.is_compiling():
         return mask[0, 0, : batch + 1].int()
-    if getattr(mask, "_packlib_rows", None) is None:
-        mask._packlib_rows = mask[0, 0, : batch + 1].int().to(device)
-    return mask._packlib_rows
+    rows = getattr(mask, "_packlib_rows", None)
+    if rows is None:
+        rows = mask._packlib_rows = mask[0, 0, : batch + 1].int().to(device)  # type: ignore[attr-defined]
+    return rows
 
 
 def _refuse_restart(mask: Tensor | None, position_ids: Tensor | None, masked: bool) -> None:
@@ -289,7 +290,7 @@ def _refuse_restart(mask: Tensor | None, position_ids: Tensor | None, masked: bo
         return
     if (positions.diff() != 1).any():
         raise ValueError(_PACKED)
-    positions._packlib_one_by_one = True
+    positions._packlib_one_by_one = True  # type: ignore[union-attr]
 
 
 def _poisoned(out: Tensor, position_ids: Tensor | None) -> Tensor:

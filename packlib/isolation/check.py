@@ -20,7 +20,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from packlib.attention.flash_stand_in import is_stand_in
@@ -123,13 +123,14 @@ def _worst(table: Sequence[Sequence[float]]) -> tuple[float, int, int]:
 
 
 @contextmanager
-def _loaded(model: nn.Module, kernel: str | None) -> Iterator[None]:
+def _loaded(model: PreTrainedModel, kernel: str | None) -> Iterator[None]:
     """Evaluation mode, on `kernel` if one is named; as before afterwards."""
     training, attention = model.training, getattr(model.config, "_attn_implementation", None)
     try:
         if kernel is not None:
             model.set_attn_implementation(register_attention(kernel, f"packlib_{kernel}"))
-        yield model.eval()
+        model.eval()
+        yield
     finally:
         model.train(training)
         if kernel is not None:
@@ -204,7 +205,7 @@ def _refused(reason: Exception, **seen: float) -> dict[str, Any]:
 
 
 def _look(
-    model: nn.Module, examples: list[list[int]], batches: list[Mapping[str, Any]], places: list[Place]
+    model: PreTrainedModel, examples: list[list[int]], batches: list[Mapping[str, Any]], places: list[Place]
 ) -> dict[str, Any]:
     """The observations of a report, and the verdict."""
     # 1. One at a time, the yardstick, and packed: before and after each edit.
@@ -257,11 +258,11 @@ def _look(
     }
 
 
-def _eps(model: nn.Module) -> float:
+def _eps(model: PreTrainedModel) -> float:
     return torch.finfo(next(model.parameters()).dtype).eps
 
 
-def _noise(model: nn.Module, examples: list[list[int]], alone: list[Tensor], scale: float) -> float:
+def _noise(model: PreTrainedModel, examples: list[list[int]], alone: list[Tensor], scale: float) -> float:
     """How much the logits of unpacked examples move with the size of the batch.
 
     Several copies of each; and each with more text behind it, which a causal model does not see, or, if it sees what
@@ -282,7 +283,7 @@ def _noise(model: nn.Module, examples: list[list[int]], alone: list[Tensor], sca
     return max(*copies, min(moved, _UNITS * max(*copies, _eps(model) * scale)))
 
 
-def _eager_error(model: nn.Module, examples: list[list[int]], alone: list[Tensor]) -> float | None:
+def _eager_error(model: PreTrainedModel, examples: list[list[int]], alone: list[Tensor]) -> float | None:
     """How far the attention in hand is from the model's own eager one, one example at a time; None without another."""
     attention = getattr(model.config, "_attn_implementation", None)
     if attention in (None, "eager") or not getattr(model, "_can_set_attn_implementation", bool)():
@@ -297,7 +298,7 @@ def _eager_error(model: nn.Module, examples: list[list[int]], alone: list[Tensor
         model.set_attn_implementation(attention)
 
 
-def _never_calls(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+def _never_calls(model: PreTrainedModel, batch: Mapping[str, Any]) -> bool:
     """Whether the model has attention, and a registered one of ours, that a forward (uncompiled) does not call."""
     name = getattr(model.config, "_attn_implementation", None)
     if not is_registered(name) or not any("Attention" in type(module).__name__ for module in model.modules()):
@@ -318,7 +319,7 @@ def _never_calls(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def _compiled_for_every_shape(model: nn.Module) -> Iterator[None]:
+def _compiled_for_every_shape(model: PreTrainedModel) -> Iterator[None]:
     """A compiled model stays compiled for all shapes that are tried (by default it gives up after eight).
 
     And its backward may run more than once.
@@ -381,7 +382,7 @@ def check_equivalence(
 
 
 def _loss_and_gradients(
-    model: nn.Module, rows: list[dict[str, Any]], weighting: str
+    model: PreTrainedModel, rows: list[dict[str, Any]], weighting: str
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss of these micro-batches as one step, and its gradients in float64 by parameter."""
     weighted = [(row, *token_weights(row["labels"], row["cu_seq_lens_q"], weighting)) for row in rows]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from packlib.collators import FlatteningCollator
 
@@ -80,7 +81,7 @@ def alone_batch(example: Sequence[int], copies: int = 1) -> dict[str, Any]:
     return {"input_ids": torch.tensor([list(example)] * copies), "use_cache": False}
 
 
-def probe_tokens(model: nn.Module, lengths: Sequence[int], seed: int) -> tuple[list[list[int]], list[list[int]]]:
+def probe_tokens(model: PreTrainedModel, lengths: Sequence[int], seed: int) -> tuple[list[list[int]], list[list[int]]]:
     """Random examples, and the same with every token replaced. No special token, none twice if there are enough."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     special = {getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "unk", "mask")}
@@ -129,7 +130,7 @@ def largest(a: Tensor, b: Tensor | None = None) -> float:
 
 
 def input_gradients(
-    model: nn.Module, batch: Mapping[str, Any], places: Sequence[Place], seed: int = 0
+    model: PreTrainedModel, batch: Mapping[str, Any], places: Sequence[Place], seed: int = 0
 ) -> list[list[float]] | None:
     """[watched][moved]: gradient of a random projection of one example's logits with respect to another's embeddings.
 

@@ -35,6 +35,7 @@ from packlib.plans.lengths import Overflow
 DATA = "PACKLIB_DATA"  # folder of corpora, tokenizers and models that specs name without their path
 EVAL_SHARE = 16  # one example in 16, chosen by its own hash, is for evaluation
 HUB_EXAMPLES = 20_000  # the paper's subsets
+KEPT_BYTES = 2**26  # parsed text is remembered up to this size of its file
 FORMAT = 1  # part of the cache key: raise it when a builder at the end of this file changes
 METADATA = ("name", "split", "tokenizer_name", "vocab_size", "eos_token_id", "pad_token_id")
 
@@ -253,7 +254,18 @@ def _pieces(row: dict[str, Any], tokenizer: Any = None) -> list[tuple[str, bool]
 
 
 def _rows(name: str, split: str) -> list[dict[str, Any]]:
-    return [row for row in _read(_text_file(name, split)) if "{split}" in name or _in_eval(row) == (split == "eval")]
+    path = _text_file(name, split)
+    state = path.stat()
+    # Tokenizer and examples, of both splits, come from one file: a run would read it four times.
+    parse = _parsed if state.st_size < KEPT_BYTES else _parsed.__wrapped__
+    rows = parse(path, state.st_mtime_ns, state.st_size)
+    return [row for row, in_eval in rows if "{split}" in name or in_eval == (split == "eval")]
+
+
+@functools.lru_cache(maxsize=2)
+def _parsed(path: Path, modified: int, size: int) -> list[tuple[dict[str, Any], bool]]:
+    """Rows of a file as it was at that time, each with whether it is for evaluation."""
+    return [(row, _in_eval(row)) for row in _read(path)]
 
 
 def _text_file(name: str, split: str) -> Path:

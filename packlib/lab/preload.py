@@ -10,6 +10,6 @@ HIDDEN = "torchao"
 
 sys.modules[HIDDEN] = None  # type: ignore[assignment]  # "not installed", for whoever asks or tries
 try:
-    import packlib.lab.worker
+    import packlib.lab.worker  # noqa: F401
 finally:
     del sys.modules[HIDDEN]

@@ -115,6 +115,8 @@ def add_summed_loss(model: PreTrainedModel) -> None:
     ) -> Any:
         if not summed_loss:
             return original(*args, **kwargs) if labels is None else original(*args, labels=labels, **kwargs)
+        if labels is None:
+            raise ValueError("summed_loss = True without labels; expected int64 [B, T]")
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
         head = self.get_output_embeddings()
         bias = getattr(head, "bias", None)
@@ -167,6 +169,7 @@ class LabTrainer(SFTTrainer):
 
     rig = Rig()
     weighting = "per_token"
+    optimizer: Any
 
     def __init__(self, *args: Any, rig: Rig | None = None, weighting: str = "per_token", **kwargs: Any) -> None:
         self.rig, self.weighting = rig or Rig(), weighting
@@ -276,7 +279,7 @@ class GraphedMicroBatches:
         largest_first = sorted(shapes, key=lambda shape: shapes[shape]["input_ids"].numel(), reverse=True)
         for shape in largest_first:  # smaller ones fit into its memory
             self.graphs[shape] = self._capture(shapes[shape])
-        torch._foreach_zero_([parameter.grad for parameter in self.parameters])
+        torch._foreach_zero_([p.grad for p in self.parameters if p.grad is not None])
         return len(self.graphs)
 
     def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor, Tensor]:
@@ -330,26 +333,18 @@ class LeanAdamW(torch.optim.Optimizer):
         zero: bool,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.zero, self.scale = zero, None
+        self.zero = zero
+        self.scale: Tensor | None = None
 
     def fold_clip(self, max_norm: float) -> Tensor:
         """The norm of all gradients; the next `step` scales them by what brings it to `max_norm`."""
-        norm = torch.nn.utils.get_total_norm([p.grad for group in self.param_groups for p in group["params"]])
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
         self.scale = (max_norm / (norm.float() + 1e-6)).clamp(max=1.0)
         return norm
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        import os
-        if os.environ.get("PACKLIB_LEAN_FUSED"):
-            g=self.param_groups[0]; ps=[p for p in g["params"] if p.grad is not None]
-            for p in ps:
-                if not self.state[p]: self.state[p].update(exp_avg=torch.zeros_like(p),exp_avg_sq=torch.zeros_like(p),step=torch.zeros((),device=p.device))
-            gs=[p.grad for p in ps]; st=[self.state[p]["step"] for p in ps]
-            torch._foreach_add_(st,1)
-            torch._fused_adamw_(ps,gs,[self.state[p]["exp_avg"] for p in ps],[self.state[p]["exp_avg_sq"] for p in ps],[],st,lr=g["lr"],beta1=g["betas"][0],beta2=g["betas"][1],weight_decay=g["weight_decay"],eps=g["eps"],amsgrad=False,maximize=False,grad_scale=1/self.scale,found_inf=torch.zeros((),device=ps[0].device))
-            if self.zero: torch._foreach_zero_(gs)
-            self.scale=None; return
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             device = group["params"][0].device
             numbers = _numbers(group).to(device, non_blocking=True)

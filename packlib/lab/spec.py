@@ -76,8 +76,7 @@ class Rig:
     def budget(self) -> float | None:
         """`recompute` as a memory budget, None where it is none."""
         value = self.recompute
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if number and 0 < value < 1 else None
+        return float(value) if isinstance(value, float) and 0 < value < 1 else None
 
     @property
     def label(self) -> str:

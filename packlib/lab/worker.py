@@ -195,8 +195,11 @@ def collation(
     if spec.kernel == "maskless_sdpa":
         options["with_mask"] = False
     collator = strategy.collator(corpus.pad_token_id, **options)
-    batches = map(collator, _micro_batches(spec, strategy, dataset)) if spec.rig.pad_to else ()
-    return collator, list({rig.shape_of(batch): batch for batch in batches}.values())
+    shapes: dict[tuple, dict[str, Any]] = {}
+    for features in _micro_batches(spec, strategy, dataset) if spec.rig.pad_to else ():
+        batch: dict[str, Any] = dict(collator(features))
+        shapes[rig.shape_of(batch)] = batch
+    return collator, list(shapes.values())
 
 
 def _micro_batches(spec: RunSpec, strategy: Strategy, dataset: Dataset) -> Iterator[list[dict[str, Any]]]:

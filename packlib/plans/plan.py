@@ -233,7 +233,7 @@ class Plan:
     def apply(self, dataset: Dataset) -> Dataset:
         """The packed rows as a `datasets.Dataset` that plain TRL trains on. O(tokens).
 
-        Columns: `input_ids`; `labels` int64, -100 on the first token of every segment (from `input_ids` if missing, less
+        Columns: `input_ids`; `labels` int64, -100 on every segment's first token (from `input_ids` if missing, less
         what `completion_mask`, `assistant_masks` or `loss_mask` leave out); the boundaries twice, `position_ids`
         and `seq_lengths`; any column aligned with the tokens, concatenated; any other as a list with one value per
         segment. `attention_mask` must be all ones and is left out. `ValueError` for other data than was planned, for

@@ -94,9 +94,11 @@ def test_what_is_not_taken_is_lost():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60), world=st.integers(1, 9),
-    cost=st.sampled_from(["quadratic", "linear"]), seed=st.integers(0, 99),
-)  # fmt: skip
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    world=st.integers(1, 9),
+    cost=st.sampled_from(["quadratic", "linear"]),
+    seed=st.integers(0, 99),
+)
 def test_balance_loses_nothing_and_gives_every_rank_as_many_rows(lengths, world, cost, seed):
     plan = best_fit_decreasing(lengths, 40, overflow="error")
     if len(plan) < world or len(lengths) < -(-len(plan) // world) * world:

@@ -44,7 +44,7 @@ def covered(plan, lengths):
 
 
 @pytest.mark.parametrize("name", PACKERS)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(lengths=lengths_up_to, capacity=st.integers(1, 100), seed=seeds, overflow=st.sampled_from(["split", "truncate"]))
 def test_packers_place_every_token_once_within_capacity(name, lengths, capacity, seed, overflow):
     plan = PACKERS[name](lengths, capacity, seed=seed, overflow=overflow)
@@ -70,7 +70,7 @@ def test_batches_hold_whole_examples_once(name, lengths, batch_size, seed):
     assert plan.row_examples[-1] == (len(lengths) % batch_size or batch_size)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(lengths=lengths_up_to, size=st.integers(1, 90), seed=seeds, atom=st.none() | st.integers(1, 90))
 def test_fixed_length_cuts_every_size_tokens(lengths, size, seed, atom):
     plan = plans.fixed_length(lengths, size, seed=seed, atom_size=atom)
@@ -100,7 +100,7 @@ def naive_decreasing(lengths, capacity, choose):
     return rows
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(lengths=lengths_up_to, extra=st.integers(0, 60))
 def test_decreasing_packers_equal_the_textbook(lengths, extra):
     capacity = max(lengths) + extra
