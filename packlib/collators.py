@@ -10,19 +10,17 @@ Features may be single examples or packed rows, ours or anybody's: `packlib.colu
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
 
-from packlib.columns import BOUNDARIES, IGNORE_INDEX, LOSS_MASKS, lost_boundaries, refuse, segments_of
+from packlib.columns import IGNORE_INDEX
+from packlib.features import Feature, concatenate
 
 __all__ = ["IGNORE_INDEX", "FlatteningCollator", "PaddingCollator"]
-
-Feature = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class FlatteningCollator:
             raise ValueError(f"position_ids_start = {self.position_ids_start}; expected at least 0")
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor | int]:
-        rows = _concatenate(features, self.position_ids_start)
+        rows = concatenate(features, self.position_ids_start)
         tokens, labels = rows.tokens, rows.labels
         lengths = rows.segments if self.boundary == "segment" else rows.lengths
         # 1. The first label of every example goes, then pads make one more segment.
@@ -136,7 +134,7 @@ class PaddingCollator:
     with_mask: bool = True
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, torch.Tensor]:
-        rows = _concatenate(features)
+        rows = concatenate(features)
         lengths = rows.segments
         rows.labels[np.cumsum(lengths) - lengths] = IGNORE_INDEX
         width = int(lengths.max())
@@ -150,138 +148,3 @@ class PaddingCollator:
         else:
             batch["position_ids"] = np.broadcast_to(np.arange(width), mask.shape).copy()
         return {name: torch.from_numpy(padded) for name, padded in batch.items()}
-
-
-class _Rows(NamedTuple):
-    """All tokens and labels end to end (int64 [T], fresh arrays), tokens per feature, tokens per segment (int64)."""
-
-    tokens: np.ndarray
-    labels: np.ndarray
-    lengths: np.ndarray
-    segments: np.ndarray
-
-
-def _concatenate(features: Sequence[Feature], first_position: int = 0) -> _Rows:
-    if not features:
-        raise ValueError("features is empty; expected at least one")
-    present = _present(features)
-    tokens, lengths = _column(features, "input_ids")
-    if (lengths == 0).any():
-        raise ValueError(f"features[{int(np.argmin(lengths))}]['input_ids'] is empty; expected at least one token")
-    if "attention_mask" in present:
-        _refuse_masks(features, lengths)
-    if "labels" in present:
-        labels = _aligned(features, "labels", lengths)
-    else:
-        labels = tokens.copy()
-        for name in LOSS_MASKS:
-            if name in present:
-                labels[_aligned(features, name, lengths) == 0] = IGNORE_INDEX
-    if not present.isdisjoint(BOUNDARIES):
-        segments = _segments(features, tokens, labels, lengths, first_position)
-    else:
-        if "labels" in present:
-            _refuse_lost(tokens, labels, lengths, range(len(features)))
-        segments = lengths
-    return _Rows(tokens, labels, lengths, segments)
-
-
-def _present(features: Sequence[Feature]) -> set[str]:
-    """Columns that some feature has a value for. Raises for those that cannot be honoured."""
-    kinds = {tuple(feature) for feature in features}  # features have the same columns, as a rule
-    names = {name for kind in kinds for name in kind}
-    present = {name for name in names if any(feature.get(name) is not None for feature in features)}
-    try:
-        refuse(present, "a feature")
-    except ValueError:
-        for i, feature in enumerate(features):
-            refuse((name for name, value in feature.items() if value is not None), f"features[{i}]")
-    return present
-
-
-def _aligned(features: Sequence[Feature], name: str, lengths: np.ndarray) -> np.ndarray:
-    """A column with a value for each token, of all features or none: int64 [T], a fresh array."""
-    given = [feature.get(name) is not None for feature in features]
-    if not all(given):
-        raise ValueError(f"features[{given.index(False)}] has no {name} but others have; give {name} to all or to none")
-    for i, feature in enumerate(features):
-        if not hasattr(feature[name], "__len__"):
-            raise ValueError(f"features[{i}][{name!r}] = {feature[name]!r} is one value; expected one for each token")
-    values, found = _column(features, name)
-    _same_lengths(name, found, lengths)
-    return values
-
-
-def _column(features: Sequence[Feature], name: str) -> tuple[np.ndarray, np.ndarray]:
-    if missing := [i for i, feature in enumerate(features) if feature.get(name) is None]:
-        raise ValueError(f"features[{missing[0]}] has no {name!r}; it has {sorted(features[missing[0]])}")
-    columns = [feature[name] for feature in features]
-    lengths = np.fromiter(map(len, columns), dtype=np.int64, count=len(columns))
-    try:
-        if all(isinstance(column, list) for column in columns):
-            buffer = array("q")  # fills in C and refuses floats, which numpy would round
-            for column in columns:
-                buffer.fromlist(column)
-            flat = np.frombuffer(buffer, dtype=np.int64)
-        else:
-            flat = np.concatenate([np.asarray(column) for column in columns]).astype(np.int64, casting="same_kind")
-        if flat.ndim == 1:
-            return flat, lengths
-    except (TypeError, ValueError):
-        pass
-    for i, column in enumerate(columns):
-        nested = isinstance(column, list) and len(column) and not np.isscalar(column[0])
-        values = np.empty((0, 0)) if nested else np.asarray(column)
-        if len(column) and (values.ndim != 1 or values.dtype.kind not in "iu"):
-            raise ValueError(f"features[{i}][{name!r}] is not a flat sequence of integers")
-    raise ValueError(f"{name!r} could not be concatenated")
-
-
-def _same_lengths(name: str, actual: np.ndarray, expected: np.ndarray) -> None:
-    if (bad := np.flatnonzero(actual != expected)).size:
-        i = int(bad[0])
-        raise ValueError(
-            f"features[{i}][{name!r}] covers {actual[i]} tokens; expected {expected[i]}, the length of its input_ids"
-        )
-
-
-def _refuse_masks(features: Sequence[Feature], lengths: np.ndarray) -> None:
-    for i, feature in enumerate(features):
-        if feature.get("attention_mask") is None:
-            continue
-        mask = np.asarray(feature["attention_mask"])
-        if mask.shape != (lengths[i],) or not mask.all():
-            raise ValueError(
-                f"features[{i}]['attention_mask'] has {int(mask.size - np.count_nonzero(mask))} zeros over {mask.size} "
-                f"tokens (input_ids: {lengths[i]}); expected unpadded examples: remove the padding and its mask"
-            )
-
-
-def _segments(
-    features: Sequence[Feature], tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray, first_position: int
-) -> np.ndarray:
-    """Tokens per segment, int64 [segments], where some feature carries boundaries."""
-    found, bare = [], []
-    for i, (feature, length) in enumerate(zip(features, lengths)):
-        segments = segments_of(feature, int(length), f"features[{i}]", first_position)
-        if segments is None:
-            bare.append(i)
-            segments = lengths[i : i + 1]
-        found.append(segments)
-    if features[0].get("labels") is not None:
-        _refuse_lost(tokens, labels, lengths, bare)
-    return np.concatenate(found)
-
-
-def _refuse_lost(tokens: np.ndarray, labels: np.ndarray, lengths: np.ndarray, rows: Sequence[int]) -> None:
-    if not (labels == IGNORE_INDEX).any():
-        return
-    ends = np.cumsum(lengths)
-    for i in rows:
-        here = slice(ends[i] - lengths[i], ends[i])
-        if (at := lost_boundaries(tokens[here], labels[here])) is not None:
-            raise ValueError(
-                f"features[{i}] was packed and has lost its boundaries: its labels leave out token 0 and single tokens "
-                f"inside (the first is {at}), as packing does, but it has no seq_lengths and no position_ids. Keep one "
-                f"of these columns; if it is one example after all, say so: seq_lengths = [{lengths[i]}]"
-            )

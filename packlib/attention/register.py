@@ -83,10 +83,14 @@ class _Request(NamedTuple):
     chunk: int | None = None
 
     def encode(self, layout: Tensor) -> Tensor:
-        """`layout` [n] as [1, code, n] without copying: shapes, unlike attributes, reach compiled layers."""
+        """`layout` [n] as [1, code, n, 1] without copying: shapes, unlike attributes, reach compiled layers.
+
+        Of four dimensions, for models that cut masks to their keys (the last one) or to the queries of the logits that
+        they keep: all of them in training.
+        """
         size = self.window or self.chunk or 0
         kind = 2 if self.chunk else int(self.causal)
-        mask = layout[None, None].expand(1, 1 + 3 * size + kind, -1)
+        mask = layout[None, None, :, None].expand(1, 1 + 3 * size + kind, -1, 1)
         if "torch._dynamo" in sys.modules:
             torch._dynamo.mark_static(mask, 1)  # a number, not a size that varies
         return mask
@@ -115,7 +119,7 @@ def _mask(
 ) -> Tensor:
     """Mask function for transformers: what the mask asks for, and where real tokens are, once a forward.
 
-    Returns int64 [1, code, n]: `code` is a `_Request`; n = B + 1 `cu_seqlens` of rows without a mask, or these and the
+    Returns int64 [1, code, n, 1]: `code` is a `_Request`; n = B + 1 `cu_seqlens` of rows without a mask, or these and the
     places of the real tokens in B · T.
     """
     name = type(config).__name__
@@ -186,7 +190,8 @@ def _forward(
             )
     if key.shape[2] != length:
         raise ValueError(
-            f"{length} queries but {key.shape[2]} keys: packlib_varlen is for training; generate with sdpa"
+            f"{type(module).__name__} has {length} queries but {key.shape[2]} keys: packlib_varlen is for training, "
+            "without a cache and without attention to other tokens; generate with sdpa"
         )
     if pad_tail and _counts_pads(module):
         raise ValueError(
@@ -195,8 +200,8 @@ def _forward(
         )
     # 2. What the mask asks for, and what the call says.
     request, places = _Request(_is_causal(module, is_causal), sliding_window), query.new_empty(0)
-    if attention_mask is not None and attention_mask.ndim == 3:
-        request, places = _Request.decode(attention_mask), attention_mask[0, 0, batch + 1 :]
+    if attention_mask is not None and attention_mask.shape[3:] == (1,) and attention_mask.dtype == torch.int64:
+        request, places = _Request.decode(attention_mask), attention_mask[0, 0, batch + 1 :, 0]
     elif attention_mask is not None:
         raise ValueError(
             f"{type(module).__name__} makes a mask of its own, of shape {tuple(attention_mask.shape)}, which "
@@ -212,7 +217,10 @@ def _forward(
         _refuse_restart(attention_mask, position_ids, len(places) > 0)
         cu_seqlens, max_seqlen = _rows(attention_mask, batch, length, query.device), length
     elif len(places):
-        raise ValueError("the batch has cu_seq_lens_q and an attention_mask; expected no mask beside boundaries")
+        raise ValueError(
+            f"{type(module).__name__} got cu_seq_lens_q and an attention_mask (some models make one where none is "
+            "given); expected no mask beside boundaries"
+        )
     elif batch != 1:
         raise ValueError(f"cu_seq_lens_q with {batch} rows; expected one flat row [1, T]")
     elif cu_seq_lens_q.numel() < 2:
@@ -269,10 +277,10 @@ def _rows(mask: Tensor | None, batch: int, length: int, device: torch.device) ->
     if mask is None:
         return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=device)
     if torch.compiler.is_compiling():
-        return mask[0, 0, : batch + 1].int()
+        return mask[0, 0, : batch + 1, 0].int()
     rows = getattr(mask, "_packlib_rows", None)
     if rows is None:
-        rows = mask._packlib_rows = mask[0, 0, : batch + 1].int().to(device)  # type: ignore[attr-defined]
+        rows = mask._packlib_rows = mask[0, 0, : batch + 1, 0].int().to(device)  # type: ignore[attr-defined]
     return rows
 
 
@@ -343,9 +351,12 @@ def _refuse_models_that_never_ask() -> None:
     """Let transformers refuse an attention of ours for models whose own code never calls what is registered.
 
     It would take the name without a word (`from_config`) or with a warning (`set_attn_implementation`), and go on with
-    the model's own attention, which knows no boundaries; some of them are not even causal without a mask.
+    the model's own attention, which knows no boundaries; some of them are not even causal without a mask. The same for
+    models that transformers marks as unfit for flash-attn, which has no masks either: they choose the tokens that
+    attention sees (indexers), or add to its scores. Chunks are the exception: the forward looks at their size.
     """
-    for method in ("_check_and_adjust_attn_implementation", "set_attn_implementation"):
+    methods = "_check_and_adjust_attn_implementation", "get_correct_attn_implementation", "set_attn_implementation"
+    for method in methods:
         original = getattr(PreTrainedModel, method, None)
         if original is not None and not hasattr(original, "_packlib_original"):
             setattr(PreTrainedModel, method, _asking_first(original))
@@ -354,10 +365,20 @@ def _refuse_models_that_never_ask() -> None:
 def _asking_first(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def ask(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = isinstance(attn_implementation, str) and attn_implementation in _registered
-        if ours and not self._can_set_attn_implementation():
-            name = type(self).__name__
+        if not isinstance(attn_implementation, str) or attn_implementation not in _registered:
+            return original(self, attn_implementation, *args, **kwargs)
+        name = type(self).__name__
+        if not self._can_set_attn_implementation():
             raise ValueError(f"{name} computes attention by itself and never calls {attn_implementation!r}")
+        attends = self._supports_sdpa or self._supports_attention_backend or not self._is_stateful  # not Mamba
+        chunks = hasattr(getattr(self.config, "text_config", self.config), "attention_chunk_size")
+        if attends and not self._supports_flash_attn and not chunks:
+            raise ValueError(
+                f"{name} needs masks of its own, which {attn_implementation!r} would drop (transformers: no flash "
+                "attention for this model); use sdpa or eager attention"
+            )
+        if original.__name__ == "get_correct_attn_implementation":
+            return attn_implementation  # transformers would take a name with "sdpa" in it for PyTorch's
         return original(self, attn_implementation, *args, **kwargs)
 
     ask._packlib_original = original  # type: ignore[attr-defined]

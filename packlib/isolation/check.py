@@ -228,20 +228,20 @@ def _look(
     errors = [largest(packed[p], a) for p, a in zip(places, alone)]
     gradient = input_gradients(model, batches[0], places)
     eager_error = _eager_error(model, examples, alone)
-    eps = _eps(model)
-    tolerance = _ROUNDING * max(noise, eps * scale)
+    rounding = _rounding(model)
+    tolerance = _ROUNDING * max(noise, rounding * scale)
     seen, i, j = _worst(influence)
     slope, k, m = _worst(gradient or influence)
     # 3. The verdict, and where what is wrong begins.
     start: tuple[str | None, str | None] = None, None
-    if seen > tolerance or (gradient and slope > eps):
+    if seen > tolerance or (gradient and slope > _eps(model)):
         verdict, (i, j) = "leak", (i, j) if seen > tolerance else (k, m)
         start = first_difference(model, batches[0], batches[1 + j], places[i], places[i], noise)
     elif max(errors) > tolerance:
         verdict, i = "shifted", errors.index(max(errors))
         at = 0, slice(0, len(examples[i]))
         start = first_difference(model, batches[0], alone_batch(examples[i]), places[i], at, tolerance)
-    elif eager_error is not None and eager_error > _EAGER_UNITS * max(eps, torch.finfo(torch.float32).eps) * scale:
+    elif eager_error is not None and eager_error > _EAGER_UNITS * rounding * scale:
         verdict, start = "different", (None, "attention")
     else:
         verdict = "exact" if seen == 0 else "rounding"
@@ -262,6 +262,11 @@ def _eps(model: PreTrainedModel) -> float:
     return torch.finfo(next(model.parameters()).dtype).eps
 
 
+def _rounding(model: nn.Module) -> float:
+    """Units in which logits are rounded: a float64 model of transformers has norms and rotary angles in float32."""
+    return max(_eps(model), torch.finfo(torch.float32).eps)
+
+
 def _noise(model: PreTrainedModel, examples: list[list[int]], alone: list[Tensor], scale: float) -> float:
     """How much the logits of unpacked examples move with the size of the batch.
 
@@ -280,7 +285,7 @@ def _noise(model: PreTrainedModel, examples: list[list[int]], alone: list[Tensor
         batch = PaddingCollator()([{"input_ids": e} for e in examples])
         longer = list(logits(model, {k: batch[k] for k in ("input_ids", "attention_mask")}))
     moved = max(largest(out[: len(a)], a) for out, a in zip(longer, alone))
-    return max(*copies, min(moved, _UNITS * max(*copies, _eps(model) * scale)))
+    return max(*copies, min(moved, _UNITS * max(*copies, _rounding(model) * scale)))
 
 
 def _eager_error(model: PreTrainedModel, examples: list[list[int]], alone: list[Tensor]) -> float | None:

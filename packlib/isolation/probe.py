@@ -140,7 +140,7 @@ def input_gradients(
 
     def to_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_())
-        return leaves[-1]
+        return leaves[-1].clone()  # for models that scale it in place
 
     hook = model.get_input_embeddings().register_forward_hook(to_leaf)
     try:
@@ -221,7 +221,8 @@ def first_difference(
             if differ(in_a, in_b) and "." in name:
                 name = name.rpartition(".")[0]
                 module = model.get_submodule(name)
-            return name, culprit(type(module).__name__, name.rpartition(".")[2])
+            own = culprit(type(module).__name__, name.rpartition(".")[2])
+            return name, own if own != "other" else culprit(*(type(m).__name__ for m in module.modules()))
     return None, None
 
 

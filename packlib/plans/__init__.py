@@ -14,20 +14,24 @@ from packlib.plans.planners import (
     shuffled_batches,
     token_budget,
 )
+from packlib.plans.stream import RowsEstimate, estimate_rows, stream
 
 __all__ = [
     "CostModel",
     "Plan",
     "PlanReport",
+    "RowsEstimate",
     "Segment",
     "best_fit_decreasing",
     "constant_examples",
     "dynamic_programming",
+    "estimate_rows",
     "first_fit_decreasing",
     "fixed_length",
     "histogram",
     "length_grouped_batches",
     "next_fit",
     "shuffled_batches",
+    "stream",
     "token_budget",
 ]

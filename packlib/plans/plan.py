@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from packlib.plans.packing import select_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from packlib.plans.view import PackedView
 
 Cost = Literal["quadratic", "linear"]
 
@@ -84,6 +86,7 @@ class Plan:
         max_tokens: capacity of a row in tokens, None where rows are mini-batches.
         algorithm: the planner's call, for records.
         lengths_sha256: hash of the lengths that were planned; `apply` and `report` refuse others.
+        data: the data set that the plan belongs to, as its owner calls it (`save`); None where nobody said.
 
     >>> from packlib.plans import fixed_length
     >>> plan = fixed_length([3, 4], max_tokens=5)
@@ -98,6 +101,7 @@ class Plan:
     max_tokens: int | None
     algorithm: str
     lengths_sha256: str
+    data: str | None = None
 
     def __post_init__(self) -> None:
         splits, counts = self.row_splits, {len(self.example), len(self.start), len(self.stop)}
@@ -230,8 +234,11 @@ class Plan:
             rng.permutation(steps).ravel(), f"balance(world_size={world_size}, cost={cost!r}, seed={seed})"
         )
 
-    def apply(self, dataset: Dataset) -> Dataset:
+    def apply(self, dataset: Dataset, folder: str | os.PathLike | None = None) -> Dataset:
         """The packed rows as a `datasets.Dataset` that plain TRL trains on. O(tokens).
+
+        With `folder`, a new one, rows are written there in shards while they are made, and read from there: memory
+        holds one shard. `datasets.load_from_disk` opens the folder again.
 
         Columns: `input_ids`; `labels` int64, -100 on every segment's first token (from `input_ids` if missing, less
         what `completion_mask`, `assistant_masks` or `loss_mask` leave out); the boundaries twice, `position_ids`
@@ -243,30 +250,62 @@ class Plan:
         from packlib.plans import rows  # datasets and pyarrow are needed here alone
 
         self.check_lengths(rows.lengths_of(dataset))
-        return rows.gather(dataset, self.row_splits, self.example, self.start, self.stop, key=self.sha256)
+        return rows.gather(dataset, **self._arrays, key=self.sha256, folder=None if folder is None else Path(folder))
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write an npz with a hash, atomically; returns the path."""
+    def view(
+        self, dataset: Dataset | Sequence[Any], *, columns: Sequence[str] | None = None, lengths: Lengths | None = None
+    ) -> PackedView:
+        """The packed rows as a map-style data set that copies nothing: a row is gathered when it is asked for.
+
+        A `datasets.Dataset` with the rows of `apply`, as numpy arrays; it travels to loader workers, and memory does
+        not grow with the corpus where that is mapped from files. Rows come in the plan's order (see `balance`); Trainer
+        draws its own unless `train_sampling_strategy="sequential"`. SFTTrainer takes it with
+        `dataset_kwargs={"skip_prepare_dataset": True}`.
+
+        Args:
+            dataset: a `datasets.Dataset` with `input_ids`; or anything with `len` and `[i]` whose items are integer
+                arrays [n], or mappings of columns with `input_ids`.
+            columns: those wanted, of `apply`'s; `seq_lengths` is always there. Default: all.
+            lengths: those that were planned, for an indexable where asking every item takes long; each example is held
+                against the plan when it is read.
+
+        `ValueError` as in `apply`, for columns and values when a row is asked for.
+        """
+        from packlib.plans import view  # datasets and pyarrow are needed here alone
+
+        return view.view(self, dataset, None if lengths is None else self.check_lengths(lengths), columns)
+
+    def save(self, path: str | os.PathLike, data: str | None = None) -> Path:
+        """Write an npz with a hash, atomically; returns the path. Ranks and machines load the one file.
+
+        data: names the data set, and its version, for `load` to compare: a Hub name and revision, a fingerprint.
+        """
         path = Path(path)
-        names = ("max_tokens", "algorithm", "lengths_sha256", "sha256")
-        meta = np.array(json.dumps({name: getattr(self, name) for name in names}))
+        meta = {name: getattr(self, name) for name in ("max_tokens", "algorithm", "lengths_sha256", "sha256")}
+        meta["data"] = self.data if data is None else data
         with atomic_write(path, "wb") as file:
-            np.savez(
-                file, meta=meta, row_splits=self.row_splits, example=self.example, start=self.start, stop=self.stop
-            )
+            np.savez(file, allow_pickle=False, meta=np.array(json.dumps(meta)), **self._arrays)
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike, lengths: Lengths | None = None, max_tokens: int | None = None) -> Plan:
-        """Read a plan back; refuses a changed file, and one made for other `lengths` or `max_tokens` (where given)."""
+    def load(
+        cls,
+        path: str | os.PathLike,
+        lengths: Lengths | None = None,
+        max_tokens: int | None = None,
+        data: str | None = None,
+    ) -> Plan:
+        """Read a plan back. `ValueError` for a changed file, and for one made for other `lengths`, `max_tokens` or
+        `data` (where given)."""
         with np.load(path, allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
             sha256 = meta.pop("sha256")
             plan = cls(**{name: file[name] for name in ("row_splits", "example", "start", "stop")}, **meta)
         if plan.sha256 != sha256:
             raise ValueError(f"{path} was changed: its plan has hash {plan.sha256[:12]}, saved was {sha256[:12]}")
-        if max_tokens not in (None, plan.max_tokens):
-            raise ValueError(f"{path} was planned for max_tokens = {plan.max_tokens}; expected {max_tokens}")
+        for name, expected in {"max_tokens": max_tokens, "data": data}.items():
+            if expected is not None and expected != (found := getattr(plan, name)):
+                raise ValueError(f"{path} was planned for {name} = {found!r}; expected {expected!r}")
         if lengths is not None:
             plan.check_lengths(lengths)
         return plan

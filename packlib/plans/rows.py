@@ -6,45 +6,87 @@ Rows are given as the arrays of a plan: `row_splits` int64 [rows + 1] into `exam
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo, Features, load_from_disk
 
+from packlib.atomic import atomic_write
 from packlib.columns import BOUNDARIES, CUMULATIVE, IGNORE_INDEX, LENGTHS, LOSS_MASKS, POSITIONS, refusal
 
 PIECE = 2**26  # tokens gathered at once: arrow's list offsets are int32
+SHARD = 2**23  # tokens of a file; gathering one takes about 0.3 GB
 
 
 def lengths_of(dataset: Dataset) -> np.ndarray:
     """Tokens of each example's `input_ids`, integers [examples]. `ValueError` for a table that is packed already."""
     if "input_ids" not in (names := dataset.column_names) or "seq_lengths" in names:
         raise ValueError(f"dataset has columns {names}; expected input_ids, and no seq_lengths (packed already?)")
-    column = dataset.with_format("arrow").select_columns("input_ids")[:]["input_ids"]
-    return pc.list_value_length(column).to_numpy()
+    lengths = pc.list_value_length(dataset.data.table["input_ids"]).to_numpy()  # no token is read
+    return lengths if dataset._indices is None else lengths[dataset._indices.column(0).to_numpy()]
 
 
 def gather(
-    dataset: Dataset, row_splits: np.ndarray, example: np.ndarray, start: np.ndarray, stop: np.ndarray, *, key: str
+    dataset: Dataset,
+    row_splits: np.ndarray,
+    example: np.ndarray,
+    start: np.ndarray,
+    stop: np.ndarray,
+    *,
+    key: str,
+    folder: Path | None = None,
 ) -> Dataset:
-    """`Plan.apply`: the rows as a data set, gathered in pieces of about PIECE tokens.
+    """`Plan.apply`: the rows as a data set, gathered in pieces of about PIECE tokens, or of SHARD if they are written.
 
     key: names the plan in the fingerprint, by which `datasets` tells data sets apart in its cache.
     """
     source = dataset.with_format("arrow")
     row_tokens = np.add.reduceat(stop.astype(np.int64) - start, row_splits[:-1])
-    piece = np.cumsum(row_tokens) // PIECE
+    piece = np.cumsum(row_tokens) // (SHARD if folder else PIECE)
     cuts = [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist(), len(row_tokens)]
-    tables = []
-    for first, last in pairwise(cuts):
-        here = slice(row_splits[first], row_splits[last])
-        splits = (row_splits[first : last + 1] - row_splits[first]).astype(np.int32)
-        tables.append(_gather(source, splits, example[here], start[here], stop[here]))
+
+    def tables() -> Iterator[pa.Table]:
+        for first, last in pairwise(cuts):
+            here = slice(row_splits[first], row_splits[last])
+            splits = (row_splits[first : last + 1] - row_splits[first]).astype(np.int32)
+            yield _gather(source, splits, example[here], start[here], stop[here])
+
     fingerprint = hashlib.sha256(f"{key}{dataset._fingerprint}".encode()).hexdigest()[:16]
-    return PackedDataset(pa.concat_tables(tables), fingerprint=fingerprint)
+    if folder is None:
+        return PackedDataset(pa.concat_tables(tables()), fingerprint=fingerprint)
+    _write(tables(), len(cuts) - 1, folder, fingerprint)
+    return _packed(load_from_disk(folder))
+
+
+def _write(tables: Iterator[pa.Table], shards: int, folder: Path, fingerprint: str) -> None:
+    """Shards that `datasets.load_from_disk` reads. What was interrupted has no state.json and cannot be loaded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; expected a new folder for the packed rows")
+    names = [f"data-{shard:05d}-of-{shards:05d}.arrow" for shard in range(shards)]
+    features = None
+    for name, table in zip(names, tables):
+        features = features or Features.from_arrow_schema(table.schema)
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1000)
+    DatasetInfo(features=features).write_to_directory(str(folder))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": fingerprint,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    with atomic_write(folder / "state.json", "w") as file:
+        json.dump(state, file)
 
 
 class PackedDataset(Dataset):

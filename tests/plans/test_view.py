@@ -1,0 +1,246 @@
+"""`Plan.view`: the rows of `Plan.apply`, gathered when asked for, from arrow or anything with `[i]`."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from packlib.attention import register_attention
+from packlib.collators import FlatteningCollator
+from packlib.plans import best_fit_decreasing, fixed_length
+
+LENGTHS = np.random.default_rng(0).integers(1, 60, 300)
+
+
+def examples(lengths, **columns):
+    """Token t of example i is 1000 · i + t, so that a misplaced token shows."""
+    return Dataset.from_dict(
+        {"input_ids": [[1000 * i + t for t in range(n)] for i, n in enumerate(lengths)], **columns}
+    )
+
+
+def lists(row):
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), capacity=st.integers(1, 70), seed=st.integers(0, 99))
+def test_a_view_has_the_rows_of_the_table(data, capacity, seed):
+    lengths = data.draw(st.lists(st.integers(1, 30), min_size=2, max_size=20))
+    columns = {
+        "task": [f"task {i}" for i in range(len(lengths))],
+        "weight": [[i] * n for i, n in enumerate(lengths)],
+        "completion_mask": [[t % 3 > 0 for t in range(n)] for n in lengths],
+    }
+    if data.draw(st.booleans()):
+        columns["labels"] = [[-100 if t % 4 < 2 else t for t in range(n)] for n in lengths]
+    full = examples(lengths, **columns)
+    dataset = concatenate_datasets([full.select(range(1)), full.select(range(1, len(lengths)))])  # several chunks
+    if data.draw(st.booleans()):
+        dataset = dataset.shuffle(seed=seed)
+    sizes = [len(ids) for ids in dataset["input_ids"]]
+    planner = data.draw(st.sampled_from([fixed_length, lambda n, c: best_fit_decreasing(n, c, overflow="truncate")]))
+    plan = planner(sizes, capacity)
+    table, view = plan.apply(dataset), plan.view(dataset)
+    assert view.column_names == table.column_names
+    assert [lists(row) for row in view] == list(table)
+    rows = view[1:3] if len(view) > 2 else view[:]
+    assert rows["seq_lengths"][0].tolist() == table[1 if len(view) > 2 else 0]["seq_lengths"]
+
+
+def test_a_view_is_a_data_set():
+    dataset, plan = (
+        examples(LENGTHS, task=[str(n) for n in LENGTHS]),
+        best_fit_decreasing(LENGTHS, 97, overflow="error"),
+    )
+    table, view = plan.apply(dataset), plan.view(dataset)
+    # Selections touch no token and agree with those of the table.
+    for choose in (
+        lambda rows: rows.shuffle(seed=3),
+        lambda rows: rows.select([5, 3, 3]),
+        lambda rows: rows.shard(4, 1).shuffle(seed=1),
+        lambda rows: rows.train_test_split(0.5, seed=2)["test"],
+    ):
+        assert [lists(row) for row in choose(view)] == list(choose(table))
+        assert [lists(row) for row in pickle.loads(pickle.dumps(choose(view)))] == list(choose(table))
+    # Formats and columns, with the boundaries in any case.
+    assert list(view.with_format("torch", columns=["labels"])[0]) == ["labels", "seq_lengths"]
+    assert isinstance(view.with_format("torch")[0]["input_ids"], torch.Tensor)
+    assert isinstance(view[0]["input_ids"], np.ndarray)
+    assert "seq_lengths" in view.remove_columns(["seq_lengths", "task"]).column_names
+    assert plan.view(dataset, columns=["input_ids"]).column_names == ["input_ids", "seq_lengths"]
+    assert view["task"][0] == table["task"][0]
+    with pytest.raises(IndexError):
+        view[len(view)]
+    with pytest.raises(ValueError, match=r"columns \['nothing'\] are not in the view"):
+        view.select_columns("nothing")
+    with pytest.raises(ValueError, match="format 'pandas' of a view"):
+        view.with_format("pandas")
+    for rewrite in (view.map, view.filter, view.sort, view.save_to_disk):
+        with pytest.raises(TypeError, match=r"Plan.apply makes a table"):
+            rewrite(lambda row: row)
+
+
+@pytest.mark.parametrize("as_mappings", [False, True])
+def test_any_indexable_is_viewed(as_mappings):
+    arrays = [np.arange(n) + 1000 * i for i, n in enumerate(LENGTHS)]
+    source = [{"input_ids": ids, "task": str(i)} for i, ids in enumerate(arrays)] if as_mappings else arrays
+    columns = {"task": [str(i) for i in range(len(arrays))]} if as_mappings else {}
+    plan = fixed_length(LENGTHS, 50)
+    assert [lists(row) for row in plan.view(source)] == list(plan.apply(examples(LENGTHS, **columns)))
+    assert lists(plan.view(source, lengths=LENGTHS)[3]) == lists(plan.view(source)[3])
+
+
+def test_wrong_data_is_an_error():
+    plan = best_fit_decreasing([3, 2], 5, overflow="error")
+    for wrong in ([[1, 2], [3, 4, 5]], [[1, 2, 3]]):
+        with pytest.raises(ValueError, match="those that were planned"):
+            plan.view(wrong)
+    with pytest.raises(ValueError, match="2 lengths for 3 examples"):
+        plan.view([[1], [2], [3]], lengths=[3, 2])
+    with pytest.raises(ValueError, match="example 0 has 1 tokens; the plan takes 3: planned for other data"):
+        plan.view([[1], [2, 3]], lengths=[3, 2])[0]
+    with pytest.raises(ValueError, match="the data set has 'pixel_values'"):
+        plan.view(examples([3, 2], pixel_values=[[1.0], [2.0]]))
+    with pytest.raises(ValueError, match="packed already"):
+        plan.view(examples([3, 2], seq_lengths=[[3], [2]]))
+    with pytest.raises(ValueError, match=r"'attention_mask'\] has 1 zeros"):
+        plan.view(examples([3, 2], attention_mask=[[1, 1, 0], [1, 1]]))[0]
+    packed = [{"input_ids": [1, 2, 3], "position_ids": [0, 1, 0]}, {"input_ids": [4, 5], "position_ids": [0, 1]}]
+    with pytest.raises(ValueError, match="packed already"):
+        plan.view(packed)[0]
+
+
+def test_shards_on_disk_are_the_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("packlib.plans.rows.SHARD", 500)
+    dataset, plan = examples(LENGTHS), best_fit_decreasing(LENGTHS, 97, overflow="error")
+    written = plan.apply(dataset, tmp_path / "rows")
+    assert len(list((tmp_path / "rows").glob("*.arrow"))) > 10
+    assert list(written) == list(load_from_disk(tmp_path / "rows")) == list(plan.apply(dataset))
+    assert "seq_lengths" in written.remove_columns("seq_lengths").column_names
+    with pytest.raises(ValueError, match="is not empty"):
+        plan.apply(dataset, tmp_path / "rows")
+
+
+def test_a_plan_names_its_data(tmp_path):
+    path = best_fit_decreasing([3, 2], 5, overflow="error").save(tmp_path / "plan.npz", data="org/corpus@3f2a")
+    loaded = type(best_fit_decreasing([3, 2], 5, overflow="error")).load(path, data="org/corpus@3f2a")
+    assert loaded.data == "org/corpus@3f2a"
+    assert loaded.shuffle(1).data == "org/corpus@3f2a"
+    with pytest.raises(ValueError, match="planned for data = 'org/corpus@3f2a'; expected 'org/corpus@0000'"):
+        type(loaded).load(path, data="org/corpus@0000")
+
+
+def losses(rows, trainer, tmp_path, **arguments):
+    register_attention("reference")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    model = LlamaForCausalLM._from_config(config, attn_implementation="packlib_varlen")
+    options = {
+        "output_dir": str(tmp_path),
+        "max_steps": 5,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **arguments,
+    }
+    if trainer is SFTTrainer:
+        args = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, bf16=False, **options)
+        more = {"processing_class": _tokenizer()}
+    else:
+        args, more = TrainingArguments(**options), {}
+    run = trainer(model, args=args, train_dataset=rows, data_collator=FlatteningCollator(), **more)
+    run.train()
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<eos>": 0, **{str(i): i for i in range(1, 64)}}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, "<eos>")), eos_token="<eos>")
+
+
+@pytest.mark.parametrize("trainer", [Trainer, SFTTrainer])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_trainers_read_a_view_as_they_read_the_table(trainer, workers, tmp_path):
+    rng = np.random.default_rng(1)
+    dataset = Dataset.from_dict({"input_ids": [rng.integers(1, 64, n).tolist() for n in LENGTHS[:60]]})
+    plan = best_fit_decreasing(LENGTHS[:60], 97, overflow="error")
+    seen = losses(plan.view(dataset), trainer, tmp_path, dataloader_num_workers=workers)
+    assert seen == losses(plan.apply(dataset), trainer, tmp_path)
+    assert len(set(seen)) == 5
+    balanced = losses(plan.shuffle(5).view(dataset), trainer, tmp_path, train_sampling_strategy="sequential")
+    assert balanced != seen
+
+
+def test_rows_reach_workers_in_order():
+    plan = best_fit_decreasing(LENGTHS, 97, overflow="error")
+    view = plan.view(examples(LENGTHS))
+    loader = DataLoader(view, batch_size=4, collate_fn=FlatteningCollator(), num_workers=2)
+    tokens = torch.cat([batch["input_ids"][0] for batch in loader]).tolist()
+    assert tokens == [token for row in plan.apply(examples(LENGTHS)) for token in row["input_ids"]]
+
+
+MEMORY = """
+import json, sys
+import numpy as np
+from packlib.plans import next_fit
+
+def anonymous():
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+class Corpus:  # tokens in one sparse file, examples of 1024 tokens
+    def __init__(self, examples):
+        self.tokens = np.memmap(sys.argv[1], dtype=np.int32, mode="r", shape=(examples, 1024))
+    def __len__(self):
+        return len(self.tokens)
+    def __getitem__(self, example):
+        return self.tokens[example]
+
+examples = int(sys.argv[2])
+lengths = np.full(examples, 1024, dtype=np.int32)
+view = next_fit(lengths, 4096, overflow="error").view(Corpus(examples), lengths=lengths)
+before = anonymous()
+seen = sum(len(view[row]["input_ids"]) for row in range(0, len(view), max(len(view) // 500, 1)))
+print(json.dumps({"grown": anonymous() - before, "seen": seen, "bytes": examples * 4096}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """A sparse file of 4 and of 40 GB: reading 500 rows of each needs as much memory of the process's own."""
+    grown = {}
+    for examples_ in (2**20, 10 * 2**20):
+        with open(tmp_path / "tokens", "wb") as file:
+            file.truncate(examples_ * 4096)
+        out = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(tmp_path / "tokens"), str(examples_)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        result = json.loads(out)
+        assert result["seen"] >= 500 * 4096
+        assert result["grown"] < result["bytes"] / 50
+        grown[examples_] = result["grown"]
+    small, large = grown.values()
+    assert abs(large - small) < 50 * 2**20
