@@ -37,6 +37,7 @@ EVALUATIONS = 4  # of a run, the end included
 PLAN = {"groups", "rows_per_step", "seeds"}  # fields of a setting that are none of RunSpec
 AVERAGES = {"per token": "per_token", "per example": "per_example"}
 NEGLIGIBLE = 1e-3  # nats: rounding alone stays below
+EQUAL = 0.01  # nats, one per cent of perplexity: an interval within ± it shows that two arms learn the same
 
 
 # Arms
@@ -300,8 +301,11 @@ def _advice(cause: Cause, row: Mapping[str, Any]) -> str:
     if_cost, if_none = cause.advice
     if row["low"] > 0 and row["difference"] > NEGLIGIBLE:
         return f"a cost, {tell(row)}; {if_cost}."
-    effect = "a gain" if row["high"] < -NEGLIGIBLE else "no difference that shows"
-    return f"{effect}, {tell(row)}; {if_none}."
+    if row["high"] < 0 and row["difference"] < -NEGLIGIBLE:
+        return f"a gain, {tell(row)}; {if_none}."
+    if -EQUAL < row["low"] and row["high"] < EQUAL:
+        return f"the same within {EQUAL} nats, {tell(row)}; {if_none}."
+    return f"undecided, {tell(row)}; measure more seeds."
 
 
 def tell(row: Mapping[str, Any]) -> str:
@@ -342,6 +346,27 @@ def _paper_label(row: Mapping[str, Any]) -> str:
     if row["strategy"] == "padding":
         return arm_label("padding")
     return arm_label(row["strategy"], EPOCHS if row["gradient_accumulation"] == 32 else STEPS)
+
+
+def order(table: pd.DataFrame) -> list[str]:
+    """Whether ours and the paper's agree on each change of Table 4, in sentences (`table_4`).
+
+    A change is position ids, at either number of steps, and more steps, with and without them.
+    """
+    loss, said = table.set_index(["source", "label"])["loss"], []
+    changes = {
+        f"position ids, {share}": (arm_label(FIXED, share), arm_label(POSID, share)) for share in (EPOCHS, STEPS)
+    }
+    changes |= {
+        f"more steps, {STRATEGIES[fixed].label}": (arm_label(fixed, EPOCHS), arm_label(fixed, STEPS))
+        for fixed in (FIXED, POSID)
+    }
+    for change, (before, after) in changes.items():
+        if {("ours", before), ("ours", after)} <= set(loss.index):
+            ours, theirs = (loss[who, after] - loss[who, before] for who in ("ours", "paper"))
+            agree = "the same sign" if ours * theirs > 0 else "the other sign"
+            said.append(f"{change}: {ours:+z.3f} nats here, {theirs:+z.3f} in the paper, {agree}.")
+    return said
 
 
 def paper_arms() -> list[str]:

@@ -151,9 +151,40 @@ def test_causes_are_paired_by_seed(measured):
     )
     assert "a cost, +0.3" in contamination["advice"] and contamination["advice"].endswith("always pass boundaries.")
     assert table.loc["Fewer steps, fixed length", "difference"] == pytest.approx(0.9, abs=0.02)
-    assert "no difference that shows" in table.loc["Flattening the same mini-batches", "advice"]
+    assert "undecided" in table.loc["Flattening the same mini-batches", "advice"]
     assert abs(table.loc["Packing whole examples, constant examples", "standard_errors"]) < 4
     assert "lr × √4” is the best learning rate tried: it wins back 6" in convergence.best_rate(found)
+
+
+@pytest.mark.parametrize(
+    ("low", "difference", "high", "verdict"),
+    [
+        (0.002, 0.004, 0.006, "a cost"),
+        (-0.006, -0.004, -0.002, "a gain"),
+        (-0.007, 0.0001, 0.007, "the same within 0.01 nats"),
+        (0.0001, 0.0005, 0.0009, "the same within 0.01 nats"),
+        (-0.0031, 0.0066, 0.0164, "undecided"),
+        (-0.0164, -0.0066, 0.0031, "undecided"),
+    ],
+)
+def test_a_wide_interval_decides_nothing(low, difference, high, verdict):
+    row = {"low": low, "difference": difference, "high": high, "standard_errors": 1.0, "n": 3}
+    assert convergence._advice(convergence.CAUSES[0], row).startswith(f"{verdict}, ")
+
+
+def test_table_4_is_compared_change_by_change(measured):
+    table = convergence.table_4(convergence.results(*measured))
+    said = convergence.order(table)
+    assert [sentence.split(":")[0] for sentence in said] == [
+        "position ids, equal epochs",
+        "position ids, equal steps",
+        "more steps, FixedLengthPacking (contaminated)",
+        "more steps, FixedLengthPacking + PosID",
+    ]
+    assert all(sentence.endswith("the same sign.") for sentence in said)
+    ours = table["source"] == "ours"
+    assert "the other sign" in convergence.order(table.assign(loss=table["loss"].where(~ours, -table["loss"])))[0]
+    assert convergence.order(table[~ours]) == []
 
 
 def test_one_seed_has_no_interval(measured):

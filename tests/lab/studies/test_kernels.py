@@ -145,9 +145,18 @@ def test_tables_and_findings_are_those_of_the_records(timed):
     said = kernels.findings(timed, "heavy_tail", "cpu")
     assert said[0].startswith("2048 tokens of heavy_tail lengths on cpu, waste 2.50: varlen does 4.00 times")
     assert said[0].endswith("40.0% of the measured ceiling.") and "25.0% of a step of 16 layers" in said[-1]
-    assert len(said) == 2, "nothing is said of what did not fit"
+    assert said[1] == "Packing with FlexAttention does 3.00 times the useful work of padding."
+    assert len(said) == 3, "nothing is said of what did not fit"
     fitted = kernels.findings(timed[timed["tokens"] == 1024], "heavy_tail", "cpu")
     assert fitted[1] == "Packing with a dense mask does 0.50 times the useful work of padding."
+
+
+def test_even_lengths_show_what_the_kernels_differ_by(timed):
+    assert kernels.even_gap(timed) is None
+    even = timed[timed["tokens"] == 1024].assign(**{"mix": "even", "metrics.waste": 1.0})
+    assert kernels.even_gap(even).startswith("Even lengths, waste 1.00: varlen does 2.00 times")
+    swapped = even.assign(arm=even["arm"].replace({"varlen": "padded_sdpa", "padded_sdpa": "varlen"}))
+    assert kernels.even_gap(swapped).startswith("Even lengths, waste 1.00: padding does 2.00 times")
 
 
 def test_figures_draw_every_arm(timed):
