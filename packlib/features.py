@@ -23,6 +23,8 @@ from packlib.columns import (
     segments_of,
 )
 
+READ = frozenset({"input_ids", "labels", "attention_mask", *LOSS_MASKS, *BOUNDARIES})  # columns that a row is made of
+
 Feature = Mapping[str, Any]
 
 

@@ -290,7 +290,8 @@ def test_readme_lists_every_environment_variable():
 
 
 CORE = [path for path in MODULES if "lab" not in path.parts and path.stem != "__main__"]
-LAZY = {"rows": {"datasets", "pyarrow"}}  # imported when a data set is at hand
+# Imported where Plan.apply, Plan.view and stream are called, when a data set is at hand.
+LAZY = {"rows": {"datasets", "pyarrow"}, "view": {"datasets", "pyarrow"}, "iterable": {"datasets"}}
 OWN_EXTRA = {"liger_kernel": "liger-kernel", "torchao": "torchao"}  # [liger], [float8]
 ASKED_FOR = {"sentencepiece"}  # where it is missing, an error says what to install
 COMES_ALONG = {"tokenizers": "transformers"}  # the version that transformers asks for

@@ -14,7 +14,7 @@ from packlib.plans.planners import (
     shuffled_batches,
     token_budget,
 )
-from packlib.plans.stream import RowsEstimate, estimate_rows, stream
+from packlib.plans.streams import RowsEstimate, estimate_rows, stream
 
 __all__ = [
     "CostModel",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +17,13 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from packlib.columns import BOUNDARIES, LENGTHS, LOSS_MASKS, POSITIONS, refuse
-from packlib.features import packed_row, sliced, token_values
+from packlib.columns import LENGTHS, POSITIONS, refuse
+from packlib.features import READ, packed_row, sliced, token_values
 from packlib.plans.rows import lengths_of
 
-_READ = {"input_ids", "labels", "attention_mask", *LOSS_MASKS, *BOUNDARIES}  # what `packed_row` makes a row of
+if TYPE_CHECKING:
+    from packlib.plans.plan import Plan
+
 _PLAN = ("example", "start", "stop")
 
 
@@ -67,17 +69,26 @@ class _ArrowColumn:
         self.first = np.cumsum([0, *map(len, column.chunks)]).tolist()
         lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
         self.numbers = lists and pa.types.is_primitive(column.type.value_type)
-        self.opened: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.opened: dict[int, tuple[pa.Array, bool, np.ndarray | None, Any]] = {}
 
     def __getitem__(self, row: int) -> Any:
         at = bisect_right(self.first, row) - 1
-        chunk, row = self.column.chunk(at), int(row) - self.first[at]
-        if not self.numbers or (chunk.null_count and not chunk[row].is_valid):
-            return chunk[row].as_py()
         if at not in self.opened:
-            self.opened[at] = chunk.offsets.to_numpy(), chunk.values.to_numpy(zero_copy_only=False)
-        offsets, values = self.opened[at]
-        return values[offsets[row] : offsets[row + 1]]
+            self.opened[at] = self._open(self.column.chunk(at))
+        (chunk, nulls, offsets, values), row = self.opened[at], int(row) - self.first[at]
+        if offsets is None or (nulls and not chunk[row].is_valid):
+            return chunk[row].as_py()
+        part = values[offsets[row] : offsets[row + 1]]
+        return part if isinstance(part, np.ndarray) else part.to_numpy(zero_copy_only=False)
+
+    def _open(self, chunk: pa.Array) -> tuple[pa.Array, bool, np.ndarray | None, Any]:
+        """A chunk, whether some of it is null, and where its lists lie; bits and nulls stay arrow's, who copies."""
+        if not self.numbers:
+            return chunk, False, None, None
+        values = chunk.values
+        if values.null_count == 0 and not pa.types.is_boolean(values.type):
+            values = values.to_numpy()
+        return chunk, chunk.null_count > 0, chunk.offsets.to_numpy(), values
 
     def lengths(self) -> np.ndarray | None:
         if not hasattr(self.column.type, "value_type"):
@@ -93,13 +104,15 @@ class PackedView(Dataset):
 
     The table behind it is the plan's, three integers a segment; so `select`, `shuffle`, `shard` and `train_test_split`
     work as on every `datasets.Dataset` and touch no token. `set_format` and `with_format` choose columns and "numpy"
-    or "torch"; the boundaries, `seq_lengths`, always stay. What would rewrite rows (`map`, `filter`, `sort`) is an
-    error: `Plan.apply` makes a table of them.
+    or "torch"; the boundaries, `seq_lengths`, always stay. What would rewrite or export rows (`map`, `filter`,
+    `to_parquet`) is an error: `Plan.apply` makes a table of them. A row takes as long as reading its examples and
+    concatenating their tokens.
     """
 
     _examples: Indexable
     _aligned: frozenset[str]  # columns with a value per token that `packed_row` does not know
     _columns: tuple[str, ...]
+    _shown: tuple[str, ...] | None = None  # of the columns, as set_format chose
     _tensors: bool = False
 
     @classmethod
@@ -114,14 +127,14 @@ class PackedView(Dataset):
     def _like(self, dataset: Dataset) -> PackedView:
         """`dataset`, a selection of this table's rows, as a view."""
         dataset.__class__ = PackedView
-        for name in ("_examples", "_aligned", "_columns", "_tensors"):
+        for name in ("_examples", "_aligned", "_columns", "_shown", "_tensors"):
             setattr(dataset, name, getattr(self, name))
         return cast("PackedView", dataset)
 
-    def _choose(self, columns: Sequence[str]) -> None:
+    def _chosen(self, columns: Sequence[str]) -> tuple[str, ...]:
         if unknown := [name for name in columns if name not in self._columns]:
             raise ValueError(f"columns {unknown} are not in the view; it has {list(self._columns)}")
-        self._columns = tuple(columns) if LENGTHS in columns else (*columns, LENGTHS)
+        return tuple(columns) if LENGTHS in columns else (*columns, LENGTHS)
 
     def __repr__(self) -> str:
         return f"PackedView({{\n    columns: {self.column_names},\n    num_rows: {len(self)}\n}})"
@@ -136,7 +149,7 @@ class PackedView(Dataset):
         if isinstance(key, int | np.integer):
             return self._row(self._getitem(int(key)))
         rows = self.__getitems__(list(range(*key.indices(len(self)))) if isinstance(key, slice) else list(key))
-        return {name: [row[name] for row in rows] for name in self._columns}
+        return {name: [row[name] for row in rows] for name in self._shown or self._columns}
 
     def __getitems__(self, keys: list) -> list:
         segments = self._getitem([int(key) for key in keys])
@@ -159,7 +172,8 @@ class PackedView(Dataset):
             for example, size, cut in zip(examples, sizes, cuts)
         ]
         row: dict[str, Any] = packed_row(features, segments["example"])
-        for name in self._columns:
+        shown = self._shown or self._columns
+        for name in shown:
             if name not in row:
                 values = [feature[name] for feature in features]
                 row[name] = np.concatenate(values) if name in self._aligned else values
@@ -167,12 +181,12 @@ class PackedView(Dataset):
             row = {
                 name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for name, value in row.items()
             }
-        return {name: row[name] for name in self._columns}
+        return {name: row[name] for name in shown}
 
     def set_format(self, type: str | None = None, columns: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
         if type not in (None, "numpy", "torch") or args or kwargs:
             raise ValueError(f"format {type!r} of a view; expected 'numpy' (as with None) or 'torch', and columns")
-        self._choose(columns or self._columns)
+        self._shown = self._chosen(columns) if columns else None
         self._tensors = type == "torch"
 
     def with_format(
@@ -185,7 +199,7 @@ class PackedView(Dataset):
     def select_columns(self, column_names: str | list[str], **options: Any) -> PackedView:
         names = [column_names] if isinstance(column_names, str) else column_names
         view = copy.copy(self)
-        view._choose(names)
+        view._columns, view._shown = self._chosen(names), None
         return view
 
     def remove_columns(self, column_names: str | list[str], **options: Any) -> PackedView:
@@ -197,15 +211,19 @@ class PackedView(Dataset):
 
     def map(self, *args: Any, **options: Any) -> Any:
         raise TypeError(
-            "a view makes its rows when they are asked for; Plan.apply makes a table that can be mapped, filtered and "
-            "sorted (SFTTrainer maps, too, unless dataset_kwargs = {'skip_prepare_dataset': True})"
+            "a view makes its rows when they are asked for; Plan.apply makes a table that can be mapped, filtered, "
+            "sorted and written (SFTTrainer maps, too, unless dataset_kwargs = {'skip_prepare_dataset': True})"
         )
 
-    filter = sort = add_column = rename_column = rename_columns = flatten_indices = save_to_disk = map
+    filter = sort = batch = repeat = unique = flatten = flatten_indices = iter = formatted_as = map
+    add_column = add_item = rename_column = rename_columns = set_transform = with_transform = map
+    cast = cast_column = class_encode_column = align_labels_with_mapping = save_to_disk = push_to_hub = map
+    to_csv = to_dict = to_iterable_dataset = to_json = to_list = to_pandas = to_parquet = to_polars = map
+    to_sql = to_tf_dataset = map
 
 
 def view(
-    plan: Any, source: Dataset | Sequence[Any], lengths: np.ndarray | None, columns: Sequence[str] | None
+    plan: Plan, source: Dataset | Sequence[Any], lengths: np.ndarray | None, columns: Sequence[str] | None
 ) -> PackedView:
     """`Plan.view`. lengths: those of the examples, where it would take long to ask each."""
     # 1. Whether these are the examples that were planned.
@@ -222,12 +240,12 @@ def view(
     # 2. Columns: what makes a row, and further ones, with a value for each token or for each example.
     if isinstance(examples, ArrowExamples):
         names = list(examples.columns)
-        further = [name for name in names if name not in _READ]
+        further = [name for name in names if name not in READ]
         aligned = frozenset(filter(examples.aligned, further))
     else:
         first = examples[0] if isinstance(examples[0], Mapping) else {"input_ids": examples[0]}
         names = list(first)
-        further = [name for name in names if name not in _READ]
+        further = [name for name in names if name not in READ]
         aligned = frozenset(name for name in further if token_values(name, first))
     refuse(names, "the data set")
     # 3. The plan, as a table.

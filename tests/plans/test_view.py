@@ -201,46 +201,81 @@ def test_rows_reach_workers_in_order():
 
 MEMORY = """
 import json, sys
-import numpy as np
-from packlib.plans import next_fit
+from pathlib import Path
+import numpy as np, pyarrow as pa
+from datasets import Dataset
+from packlib.plans import next_fit, rows
+
+folder, tokens, grown = Path(sys.argv[1]), 1024, {}
+peak = 0
 
 def anonymous():
     fields = dict(line.split(":") for line in open("/proc/self/status"))
     return int(fields["RssAnon"].split()[0]) * 1024
 
-class Corpus:  # tokens in one sparse file, examples of 1024 tokens
+class Corpus:  # one sparse file of int32
     def __init__(self, examples):
-        self.tokens = np.memmap(sys.argv[1], dtype=np.int32, mode="r", shape=(examples, 1024))
+        with open(folder / "tokens", "wb") as file:
+            file.truncate(examples * tokens * 4)
+        self.tokens = np.memmap(folder / "tokens", dtype=np.int32, mode="r", shape=(examples, tokens))
     def __len__(self):
         return len(self.tokens)
     def __getitem__(self, example):
         return self.tokens[example]
 
-examples = int(sys.argv[2])
-lengths = np.full(examples, 1024, dtype=np.int32)
-view = next_fit(lengths, 4096, overflow="error").view(Corpus(examples), lengths=lengths)
+def planned(examples):
+    lengths = np.full(examples, tokens, dtype=np.int32)
+    return next_fit(lengths, 4 * tokens, overflow="error"), lengths
+
+def read(name, view, every):
+    before = anonymous()
+    view = view()
+    seen = sum(len(view[row]["input_ids"]) for row in range(0, len(view), every))
+    grown[name] = [anonymous() - before, seen * 4]
+    return view
+
+for name, examples, every in (("warm", 2**10, 1), ("small", 2**15, 16), ("large", 10 * 2**15, 160)):
+    plan, lengths = planned(examples)
+    view = read(name, lambda: plan.view(Corpus(examples), lengths=lengths), every)
+
+# Arrow: 16 MB, mapped, and all rows written again in shards.
+examples = 2**12
+with pa.OSFile(str(folder / "examples.arrow"), "wb") as file:
+    part = pa.ListArray.from_arrays(np.arange(0, 1025 * tokens, tokens, dtype=np.int32), np.ones(2**20, np.int32))
+    table = pa.table({"input_ids": part})
+    with pa.ipc.new_stream(file, table.schema) as writer:
+        for _ in range(4):
+            writer.write_table(table)
+del table, part
+plan, _ = planned(examples)
+dataset = Dataset.from_file(str(folder / "examples.arrow"))
+view = read("arrow", lambda: plan.view(dataset), 1)
+
+rows.SHARD, gather, before = 2**18, rows._gather, anonymous()
+def watched(*arguments):
+    global peak
+    made = gather(*arguments)
+    peak = max(peak, anonymous() - before)
+    return made
+rows._gather = watched
+plan.apply(dataset, folder / "rows")
+grown["apply"] = [peak, sum(path.stat().st_size for path in (folder / "rows").glob("*.arrow"))]
+
 before = anonymous()
-seen = sum(len(view[row]["input_ids"]) for row in range(0, len(view), max(len(view) // 500, 1)))
-print(json.dumps({"grown": anonymous() - before, "seen": seen, "bytes": examples * 4096}))
+kept = [row["input_ids"] for row in view]
+grown["kept"] = [anonymous() - before, examples * tokens * 4]
+print(json.dumps(grown))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """A sparse file of 4 and of 40 GB: reading 500 rows of each needs as much memory of the process's own."""
-    grown = {}
-    for examples_ in (2**20, 10 * 2**20):
-        with open(tmp_path / "tokens", "wb") as file:
-            file.truncate(examples_ * 4096)
-        out = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(tmp_path / "tokens"), str(examples_)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        result = json.loads(out)
-        assert result["seen"] >= 500 * 4096
-        assert result["grown"] < result["bytes"] / 50
-        grown[examples_] = result["grown"]
-    small, large = grown.values()
-    assert abs(large - small) < 50 * 2**20
+    """A sparse file of 128 MB and of 1.3 GB, 16 MB of arrow: the process's own memory is that of a few rows."""
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    grown = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown["small"][1] == grown["large"][1] == 512 * 4096 * 4, "as many rows are read"
+    for name in ("small", "large", "arrow"):
+        assert grown[name][0] < 12 * 2**20, grown
+    assert grown["arrow"][1] == 16 * 2**20, "all rows are read"
+    assert grown["apply"][0] < grown["apply"][1] / 3, grown
+    assert grown["kept"][0] > grown["kept"][1], "rows that are kept are noticed"
