@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import ast
 import base64
+import functools
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
 
 from packlib.atomic import atomic_write
-from packlib.lab import figures, records
+from packlib.lab import figures, live, records
 from packlib.lab.figures import Picture
 from packlib.lab.parameters import check_parameters, unknown_name
 
@@ -47,6 +48,7 @@ def start(notebook: str, names: Mapping[str, Any]) -> Run:
     papermill_runs/ or a path. Raises `ValueError` for a parameter that it does not have, naming the known ones, and
     `TypeError` for a value of the wrong type.
     """
+    live.say_when_a_cell_takes_long()
     checked = check(names)
     folder = records.run_folder(names["run"])
     figures.theme()
@@ -140,6 +142,20 @@ def show(figure: Picture, name: str | None = None, run: Run | None = None) -> No
             kept.write(file)
         run.figures[name] = figure.alt
     display(_Shown(file, figure.alt))
+
+
+def explore(draw: Callable[..., tuple[Picture, str]], **choices: Any) -> None:
+    """Display a figure and a line about it, with controls for the arguments of `draw` where somebody is there.
+
+    choices: per argument a list or a range, as for `ipywidgets.interact`. Elsewhere the first figure stands alone.
+    """
+
+    @functools.wraps(draw)  # its arguments and defaults
+    def shown(**chosen: Any) -> HTML:
+        figure, line = draw(**chosen)
+        return HTML(f"<p>{html.escape(line)}</p>{_Shown(figures.png(figure), figure.alt)._repr_html_()}")
+
+    live.sliders(shown, choices)
 
 
 def finish(findings: Sequence[str], run: Run) -> None:
