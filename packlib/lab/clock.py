@@ -48,7 +48,7 @@ class Counter:
         return batch
 
     def per_step(self, accumulation: int, ends: list[float], per_epoch: int) -> np.ndarray:
-        """COUNTS of each optimiser step over all ranks, int64 [steps, len(COUNTS)], in the order of collating.
+        """COUNTS of each optimiser step on this rank, int64 [steps, len(COUNTS)], in the order of collating.
 
         accumulation: micro-batches of a step. ends: one entry per step that was taken. per_epoch: micro-batches of an
         epoch on one rank; the last step of an epoch takes those that remain.
@@ -58,12 +58,17 @@ class Counter:
         stops = np.append(starts[1:], len(counts))[: len(ends)]
         # What was collated ahead was never trained on.
         stops[-1] = min(stops[-1], starts[len(stops) - 1] + accumulation)
-        steps = np.diff(np.vstack([np.zeros(len(COUNTS), dtype=np.int64), counts.cumsum(axis=0)[stops - 1]]), axis=0)
-        if torch.distributed.is_initialized():
-            total = torch.from_numpy(steps).to("cuda" if torch.cuda.is_available() else "cpu")
-            torch.distributed.all_reduce(total)
-            steps = total.cpu().numpy()
-        return steps
+        return np.diff(np.vstack([np.zeros(len(COUNTS), dtype=np.int64), counts.cumsum(axis=0)[stops - 1]]), axis=0)
+
+
+def of_all_ranks(values: np.ndarray) -> np.ndarray:
+    """`values` of every rank, [ranks, *shape]; of this process alone where it is the only one."""
+    if not torch.distributed.is_initialized():
+        return values[None]
+    own = torch.from_numpy(values).to("cuda" if torch.cuda.is_available() else "cpu")
+    found = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, own)
+    return torch.stack(found).cpu().numpy()
 
 
 class StepClock(TrainerCallback):
@@ -131,12 +136,32 @@ class StepClock(TrainerCallback):
         torch.cuda.synchronize()
         return np.array([b.elapsed_time(e) / 1e3 for b, e in zip(self.begins, self.ends)])
 
-    def metrics(self, counts: np.ndarray, spec: RunSpec) -> dict[str, Any]:
+    @property
+    def _measured(self) -> slice:
+        """The steps after warm-up."""
+        return slice(min(self.spec.warmup_steps, len(self.ends) - 1), None)
+
+    def ranks(self, counts: np.ndarray) -> dict[str, list]:
+        """How even the ranks were after warm-up, a value a rank: means of a step, and the peak of memory.
+
+        counts: of `Counter.per_step` on every rank, [ranks, steps, len(COUNTS)]. Step times say little where ranks wait
+        for each other; tokens and pairs say what each had to do.
+        """
+        peak = np.array([_peak_memory(self.device)["peak_memory_bytes"] or 0])
+        means = dict(zip(COUNTS, counts[:, self._measured].mean(axis=1).T))
+        return {
+            "step_seconds": of_all_ranks(self.seconds()[self._measured]).mean(axis=1).tolist(),
+            "tokens_per_step": means["tokens"].tolist(),
+            "pairs_per_step": means["pairs"].tolist(),
+            "peak_memory_bytes": of_all_ranks(peak)[:, 0].tolist(),
+        }
+
+    def metrics(self, counts: np.ndarray) -> dict[str, Any]:
         """Rates (per second, all ranks), times (seconds) and sizes of the steps after warm-up, as a record holds them.
 
-        counts: of `Counter.per_step`.
+        counts: of `Counter.per_step`, the sum of all ranks.
         """
-        measured = slice(min(spec.warmup_steps, len(self.ends) - 1), None)
+        measured = self._measured
         seconds, counts = self.seconds()[measured], counts[measured]
         slots, real, predicted, sequences, pairs = counts.T
 
@@ -166,7 +191,7 @@ class StepClock(TrainerCallback):
     def trace(self, counts: np.ndarray, losses: list[float], grad_norms: list[float]) -> dict[str, Any]:
         """Step by step: seconds and COUNTS so far, loss (nats) and gradient norm, and what was evaluated on the way.
 
-        counts: of `Counter.per_step`. losses, grad_norms: of `LabTrainer.history`.
+        counts: of `Counter.per_step`, the sum of all ranks. losses, grad_norms: of `LabTrainer.history`.
         """
         steps = len(self.ends)
         return {

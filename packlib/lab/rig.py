@@ -16,7 +16,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
@@ -147,7 +149,7 @@ def flat_shapes(rig: Rig, max_tokens: int, segments: int) -> dict[str, int]:
 
 def trainer_settings(rig: Rig) -> dict[str, Any]:
     """What belongs into the arguments of `trl.SFTConfig`."""
-    recompute = rig.recompute == "all"
+    recompute = rig.recompute == "all" and not rig.shard  # sharded layers are checkpointed where they are wrapped
     settings: dict[str, Any] = {
         "gradient_checkpointing": recompute,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if recompute else None,
@@ -155,6 +157,13 @@ def trainer_settings(rig: Rig) -> dict[str, Any]:
     }
     if rig.lean:
         settings["accelerator_config"] = {"non_blocking": True}  # else each copy of a batch waits for the device
+    if rig.shard:
+        settings["fsdp"] = True
+        settings["fsdp_config"] = {
+            "version": 2,
+            "activation_checkpointing": rig.recompute == "all",
+            "state_dict_type": "SHARDED_STATE_DICT",  # a checkpoint is a file a rank
+        }
     return settings
 
 
@@ -178,6 +187,14 @@ class LabTrainer(SFTTrainer):
         self.step_ends: list[int] = []  # micro-batches so far, at the end of each step
         self.graphs: GraphedMicroBatches | None = None
         super().__init__(*args, peft_config=adapters(self.rig), **kwargs)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.rig.shard and not self.is_fsdp_enabled:  # accelerate leaves sharding out on CPUs, without a word
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.rig.lean and self.optimizer is None:
@@ -229,8 +246,12 @@ class LabTrainer(SFTTrainer):
         return loss / num_items_in_batch * self.accelerator.num_processes
 
     def history(self) -> tuple[list[float], list[float]]:
-        """Loss (summed over its micro-batches) and gradient norm of every step. Waits for the device."""
-        so_far = [0.0, *torch.stack(self.losses).double().cumsum(0).tolist()]
+        """Loss (summed over its micro-batches, the mean of all ranks) and gradient norm of every step.
+
+        Waits for the device, and for the other ranks.
+        """
+        own = torch.stack(self.losses).double()
+        so_far = [0.0, *self.accelerator.reduce(own, reduction="mean").cumsum(0).tolist()]
         losses = [so_far[end] - so_far[begin] for begin, end in pairwise([0, *self.step_ends])]
         return losses, torch.stack(self.grad_norms).double().tolist()
 
@@ -254,7 +275,7 @@ class LabTrainer(SFTTrainer):
         norm = (
             optimizer.fold_clip(MAX_GRAD_NORM) if isinstance(optimizer, LeanAdamW) else super()._clip_grad_norm(model)
         )
-        self.grad_norms.append(norm.detach())
+        self.grad_norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).detach())
         self.step_ends.append(len(self.losses))
         return norm
 

@@ -37,6 +37,8 @@ class Rig:
     pad_to: rows are padded to multiples of so many tokens, so that shapes repeat; 0: not at all.
     float8: matrix products of the layers in float8 (package torchao, on a Hopper GPU).
     lora_rank: adapters of this rank on all linear layers instead of training the weights (package peft).
+    shard: weights, gradients and optimiser states over all ranks, layer by layer (FSDP2); without it, every rank holds
+        them whole (DDP).
     """
 
     compile: str = "none"
@@ -48,6 +50,7 @@ class Rig:
     pad_to: int = 0
     float8: bool = False
     lora_rank: int | None = None
+    shard: bool = False
 
     def __post_init__(self) -> None:
         check_parameters(asdict(self), _defaults(self) | {"recompute": None, "lora_rank": None})
@@ -66,6 +69,11 @@ class Rig:
             )
         if self.float8 and self.compile == "none":
             raise ValueError("float8 casts in kernels of its own unless they are compiled; expected compile = 'layers'")
+        if self.shard and (self.graphs or self.lean):
+            raise ValueError(
+                "shard gathers weights in every layer and shards the optimiser's states: expected graphs = False and "
+                "lean = False"
+            )
         if self.graphs and not (self.fused_loss and self.pad_to and self.recompute != "all"):
             raise ValueError(
                 "graphs need micro-batches that repeat and wait for nothing: expected fused_loss, pad_to above 0, and "
@@ -96,6 +104,7 @@ class Rig:
             f"rows of multiples of {self.pad_to}": self.pad_to > 1 and not self.graphs,
             "float8": self.float8,
             f"LoRA rank {self.lora_rank}": self.lora_rank is not None,
+            "FSDP2": self.shard,
         }
         return ", ".join(name for name, true in said.items() if true)
 
@@ -228,6 +237,8 @@ def _check_numbers(spec: RunSpec) -> None:
         raise ValueError(
             f"warmup_steps = {spec.warmup_steps} leaves nothing of steps = {spec.steps} to measure; expected fewer"
         )
+    if spec.rig.shard and spec.world_size == 1:
+        raise ValueError("rig.shard = True with world_size = 1; expected at least two ranks to shard over")
     if spec.profile and spec.steps is None:
         raise ValueError("profile = True adds a step to those of `steps`; expected steps, not None")
     if spec.eval_every is not None and not spec.eval_examples:

@@ -32,7 +32,15 @@ from trl import SFTConfig
 from packlib import attention, plans
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.lab import evaluation, models, records, rig
-from packlib.lab.clock import Counter, StepClock, copy_rate, keep_freed_memory, launch_time, matmul_ceiling
+from packlib.lab.clock import (
+    Counter,
+    StepClock,
+    copy_rate,
+    keep_freed_memory,
+    launch_time,
+    matmul_ceiling,
+    of_all_ranks,
+)
 from packlib.lab.corpora import Corpus, load_corpus, load_tokenizer, located
 from packlib.lab.limits import Rates, StepWork, step_limit
 from packlib.lab.spec import RunSpec
@@ -98,8 +106,13 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
         trainer.data_collator = counter = Counter(trainer.data_collator)
         trainer.train()
         # 3. Look at what happened.
-        counts = counter.per_step(spec.gradient_accumulation, clock.ends, len(trainer.get_train_dataloader()))
-        metrics = clock.metrics(counts, spec)
+        own = counter.per_step(spec.gradient_accumulation, clock.ends, len(trainer.get_train_dataloader()))
+        of_ranks = of_all_ranks(own)
+        counts = of_ranks.sum(axis=0)
+        metrics = clock.metrics(counts)
+        if spec.world_size > 1:
+            metrics["ranks"] = ranks = clock.ranks(of_ranks)
+            metrics["peak_memory_bytes"] = max(ranks["peak_memory_bytes"])
         metrics |= _limits(spec, trainer.model, rates, metrics) | {"launch_seconds": launch_time(device)}
         metrics |= {"optimizer_steps": len(clock.ends), "kernel": kernel, "shapes": len(shapes) or None}
         if held_out:

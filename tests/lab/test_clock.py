@@ -73,7 +73,7 @@ def test_rates_are_those_of_the_steps_after_warm_up():
     steps = [counted(slots=999, tokens=999, loss_tokens=999, examples=9)]
     steps.append(counted(slots=80, tokens=40, loss_tokens=36, examples=4))
     steps.append(counted(slots=120, tokens=60, loss_tokens=54, examples=6))
-    metrics = found.metrics(np.array(steps), found.spec)
+    metrics = found.metrics(np.array(steps))
     assert found.seconds().tolist() == [9.0, 1.0, 3.0] and metrics["measured_steps"] == 2
     assert metrics["tokens_per_s"]["mean"] == 100 / 4 and metrics["slots_per_s"]["mean"] == 200 / 4
     assert metrics["tokens_per_s"]["p50"] == (40 / 1 + 60 / 3) / 2
