@@ -26,6 +26,7 @@ from packlib.plans.lengths import (
     check_lengths,
     check_loss_tokens,
     hash_lengths,
+    positive,
 )
 from packlib.plans.packing import select_rows
 
@@ -217,10 +218,8 @@ class Plan:
         >>> plan.row_costs().reshape(-1, 2).tolist()
         [[2, 2], [16, 16]]
         """
-        if not 1 <= world_size <= len(self):
-            raise ValueError(f"world_size = {world_size}; expected 1 to {len(self)}, the rows of the plan")
         splits = self.row_splits
-        for _ in range(-len(self) % world_size):
+        for _ in range(-len(self) % positive("world_size", world_size)):
             counts = np.diff(splits)
             row = int(counts.argmax())
             if counts[row] < 2:

@@ -101,7 +101,7 @@ def test_what_is_not_taken_is_lost():
 )
 def test_balance_loses_nothing_and_gives_every_rank_as_many_rows(lengths, world, cost, seed):
     plan = best_fit_decreasing(lengths, 40, overflow="error")
-    if len(plan) < world or len(lengths) < -(-len(plan) // world) * world:
+    if len(lengths) < -(-len(plan) // world) * world:
         with pytest.raises(ValueError, match="world_size"):
             plan.balance(world, cost, seed)
         return
@@ -129,9 +129,11 @@ def test_balanced_ranks_wait_for_each_other_less_than_five_percent():
     assert per_rank.max() < 1.05 * per_rank.mean()
 
 
-def test_balance_refuses_more_ranks_than_rows():
+def test_balance_refuses_ranks_that_examples_do_not_suffice_for():
     plan = next_fit([4, 4, 4], 4, overflow="error")
-    with pytest.raises(ValueError, match="world_size = 4; expected 1 to 3, the rows of the plan"):
+    with pytest.raises(ValueError, match="world_size = 0; expected an integer of at least 1"):
+        plan.balance(0)
+    with pytest.raises(ValueError, match="3 rows do not divide by world_size = 4; none has two examples to part"):
         plan.balance(4)
     with pytest.raises(ValueError, match="3 rows do not divide by world_size = 2; none has two examples to part"):
         plan.balance(2)

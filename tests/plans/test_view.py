@@ -12,12 +12,12 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from transformers import Trainer
+from trl import SFTTrainer
 
-from packlib.attention import register_attention
 from packlib.collators import FlatteningCollator
 from packlib.plans import best_fit_decreasing, fixed_length
+from tests.plans.training import losses
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, 300)
 
@@ -139,43 +139,6 @@ def test_a_plan_names_its_data(tmp_path):
     assert loaded.shuffle(1).data == "org/corpus@3f2a"
     with pytest.raises(ValueError, match="planned for data = 'org/corpus@3f2a'; expected 'org/corpus@0000'"):
         type(loaded).load(path, data="org/corpus@0000")
-
-
-def losses(rows, trainer, tmp_path, **arguments):
-    register_attention("reference")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
-    )
-    model = LlamaForCausalLM._from_config(config, attn_implementation="packlib_varlen")
-    options = {
-        "output_dir": str(tmp_path),
-        "max_steps": 5,
-        "per_device_train_batch_size": 2,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        **arguments,
-    }
-    if trainer is SFTTrainer:
-        args = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, bf16=False, **options)
-        more = {"processing_class": _tokenizer()}
-    else:
-        args, more = TrainingArguments(**options), {}
-    run = trainer(model, args=args, train_dataset=rows, data_collator=FlatteningCollator(), **more)
-    run.train()
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-
-
-def _tokenizer():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {"<eos>": 0, **{str(i): i for i in range(1, 64)}}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, "<eos>")), eos_token="<eos>")
 
 
 @pytest.mark.parametrize("trainer", [Trainer, SFTTrainer])
