@@ -32,7 +32,6 @@ EXAMPLES = np.array(
     [to_rgb(f"#{code}") for code in ("56b4e9", "e69f00", "009e73", "cc79a7", "f0e442", "9a9ae0", "b3936b", "999999")]
 )
 PAD = (0.9, 0.9, 0.9)
-ON_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85}  # box of a text that lies on a line
 THEME = {
     "figure.dpi": DPI,
     "axes.titlelocation": "left",
@@ -141,18 +140,20 @@ def bars_with_limits(table: pd.DataFrame, title: str) -> Picture:
     figure, axes = new(5.6 * len(groups) + 1.6, 0.5 * len(names) + 1.9, title, len(groups), sharey=True)
     for ax, group in zip(axes, groups):
         rows = table[table["corpus"] == group].set_index("strategy").reindex(names)
+        right = max(np.nanmax(rows[["speed_up_high", "limit"]].to_numpy()) * 1.22, 1.2)
         for y, (strategy, row) in enumerate(rows.iterrows()):
             if np.isfinite(row["speed_up"]):
                 bar(ax, y, row["speed_up"], strategy, row["speed_up_low"], row["speed_up_high"])
-                end = row["speed_up_high"] * 1.02 + 0.02
-                # On white, where the limit is drawn below it.
-                ax.text(end, y, f"{row['speed_up']:.2f}×", va="center", fontsize=10, bbox=ON_WHITE, zorder=4)
+                end = row["speed_up_high"]
+                if end <= row["limit"] < end + 0.14 * right:  # the number stands beyond the limit, not on it
+                    end = row["limit"]
+                ax.text(end + 0.02 * right, y, f"{row['speed_up']:.2f}×", va="center", fontsize=10)
             if np.isfinite(row["limit"]):
                 ax.plot([row["limit"]] * 2, [y - 0.42, y + 0.42], **LIMIT)
         ax.axvline(1, color="0.4", linewidth=1)
         ax.set(title=str(group), xlabel="real tokens/s, relative to padding")
         ax.set_yticks(range(len(names)), [label(name) for name in names])
-        ax.set_xlim(0, max(np.nanmax(rows[["speed_up_high", "limit"]].to_numpy()) * 1.18, 1.2))
+        ax.set_xlim(0, right)
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
     meaning = "limit of dropping the pads: padding's slots per real token over the strategy's own"
@@ -193,8 +194,8 @@ def beside_paper(table: pd.DataFrame, value: str, title: str, xlabel: str) -> Pi
             look = {"color": "0.72"} if source == "paper" else {"color": style(row["strategy"]).color, "hatch": "//"}
             ax.barh(y + shift, row[value], height=0.36, edgecolor="white", **look)
             ax.text(row[value], y + shift, f" {row[value]:.3g}", va="center", fontsize=10)
-    ax.barh([0], [0], color="0.72", label="paper")
-    ax.barh([0], [0], color=COLORS[0], hatch="//", edgecolor="white", label="measured here")
+    ax.barh([0], [0], color="0.72", label="paper, grey")
+    ax.barh([0], [0], color="white", hatch="//", edgecolor="0.3", label="measured here, in the strategy's colour")
     ax.set_xlabel(xlabel)
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()

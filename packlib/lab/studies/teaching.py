@@ -5,7 +5,7 @@ Everything here is for rows of a few dozen tokens: attention weights are dense, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.patches import Rectangle
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from packlib.collators import IGNORE_INDEX
 from packlib.isolation import probe
@@ -129,6 +130,32 @@ def _logit_error(model: PreTrainedModel, batch: Batch, reference: Tensor) -> str
         return f"refused: {str(refusal).split(';')[0]}"
 
 
+def scores_by_distance(
+    encode: Callable[[Tensor, Tensor], Tensor], places: Sequence[int], distances: int = 64, channels: int = 64
+) -> dict[int, np.ndarray]:
+    """Score of a query with a key, by the distance between them, wherever the query stands: place -> [distances].
+
+    encode: (vectors [n, channels], positions int64 [n]) -> vectors, what a model does with positions. The query stands
+    at `place`, the key 0 to distances - 1 tokens to its left; both vectors are the same all the time.
+    """
+    query, key = torch.randn(2, channels, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    away = torch.arange(distances)
+    found = {}
+    for place in places:
+        left = encode(key.expand(distances, -1), place - away)
+        found[place] = (left @ encode(query[None], torch.tensor([place]))[0] / channels**0.5).numpy()
+    return found
+
+
+def same_as_llama(rotate: Callable[[Tensor, Tensor], Tensor], model: PreTrainedModel) -> bool:
+    """Whether `rotate` (as `encode` of `scores_by_distance`) is what a Llama does to its queries, up to rounding."""
+    config, positions = model.config, torch.arange(50)
+    query = torch.randn(50, config.head_dim, generator=torch.Generator().manual_seed(0))
+    cos, sin = model.model.rotary_emb(query, positions[None])
+    theirs, _ = apply_rotary_pos_emb(query[None, None], query[None, None], cos, sin)
+    return torch.allclose(rotate(query, positions), theirs[0, 0], atol=1e-4)
+
+
 # Figures
 
 
@@ -205,17 +232,45 @@ def logit_changes(changes: Mapping[str, np.ndarray], lengths: Sequence[int], edi
     return figure
 
 
+def distance_curves(named: Mapping[str, Mapping[int, np.ndarray]]) -> Picture:
+    """`scores_by_distance` of several ways to tell positions, a panel each, a line for every place of the query.
+
+    Where lines lie on each other the score knows the distance alone.
+    """
+    spread = {name: max_spread(scores) for name, scores in named.items()}
+    alt = "; ".join(f"{name}: the same distance, scores up to {value:.1g} apart" for name, value in spread.items())
+    figure, axes = figures.new(5.6 * len(named), 3.9, f"Score against distance. {alt}", len(named))
+    for ax, (name, scores) in zip(axes, named.items()):
+        for i, (place, values) in enumerate(scores.items()):
+            look = {"color": COLORS[i], "marker": figures.MARKERS[i], "markersize": 11 - 3 * i, "markevery": 4}
+            ax.plot(values, **look, linewidth=4 - 1.2 * i, label=f"query at position {place:,}")
+        ax.set(title=f"{name}: {spread[name]:.1g} apart", xlabel="distance from query to key (tokens)")
+        ax.legend()
+    axes[0].set_ylabel("score, q · k / √channels")
+    return figure
+
+
+def max_spread(scores: Mapping[int, np.ndarray]) -> float:
+    """How far scores of one distance are apart at most (`scores_by_distance`)."""
+    return float(np.ptp(list(scores.values()), axis=0).max())
+
+
 # Findings
 
 
 def findings(
-    table: pd.DataFrame, noticed: Mapping[str, float], leaked: Sequence[float], same: Mapping[str, bool], edited: str
+    table: pd.DataFrame,
+    noticed: Mapping[str, float],
+    leaked: Sequence[float],
+    same: Mapping[str, bool],
+    scores: Mapping[str, Mapping[int, np.ndarray]],
+    edited: str,
 ) -> list[str]:
     """Sentences of notebook 02 about boundaries, every number computed.
 
     table: `layout_losses`. noticed: how far others' logits moved without and with boundaries, after an edit of the
     example `edited`. leaked: share of attention to other examples, without and with. same: entries of the batch that
-    transformers' collator makes alike.
+    transformers' collator makes alike. scores: `scores_by_distance` by what tells the positions.
     """
     reference, *others = table.index
     exact = [name for name in others if table.loc[name, "difference"] < 1e-4]
@@ -225,6 +280,9 @@ def findings(
     return [
         f"{sum(same.values())} of {len(same)} entries of the batch are the same as DataCollatorWithFlattening's.",
         f"Without boundaries {leaked[0]:.0%} of the attention goes to other examples, with them {leaked[1]:.0%}.",
+        "Wherever a pair of tokens stands, its score at one distance differs by up to "
+        + " and ".join(f"{max_spread(found):.1g} with {name}" for name, found in scores.items())
+        + ".",
         f"Editing example {edited} moves the others' logits by up to {without:.2g} without boundaries "
         f"and by {with_them:g} with them.",
         "; ".join([said, *(f"{name} gives {table.loc[name, 'loss']:.4f}" for name in leaking)]) + ".",

@@ -12,13 +12,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from matplotlib.ticker import MaxNLocator
 
 from packlib import plans
 from packlib.lab import figures
 from packlib.lab.advice import Advice
 from packlib.lab.corpora import load_corpus
 from packlib.lab.figures import COLORS, Picture
-from packlib.lab.strategies import STRATEGIES, plan_for
+from packlib.lab.strategies import STRATEGIES, Strategy, plan_for
 from packlib.plans import Plan
 
 Line = list[tuple[int, int]]  # a line of a picture: (example, tokens) from left to right
@@ -31,21 +32,31 @@ PAGE_EXAMPLES, PAGE_TOKENS = 6, 14  # what fits a picture
 
 
 def strategy_table(lengths: Sequence[int], *, batch_size: int, seed: int = 0) -> pd.DataFrame:
-    """Every strategy as a plan, a layout and a boundary, and the slots that it needs for examples of these lengths.
+    """Every strategy as a plan, a layout and a boundary, and what it needs for examples of these lengths.
 
-    batch_size: examples of a mini-batch. A row has room for the longest example.
+    batch_size: examples of a mini-batch. A row has room for the longest example. Columns `in words`, `plan` (what its
+    planner says of itself), `layout`, `boundary`, `steps` (micro-batches, one each) and `slots`.
     """
     rows = {}
     for strategy in STRATEGIES.values():
         plan = plan_for(strategy, lengths, batch_size=batch_size, max_tokens=max(lengths), seed=seed)
         rows[strategy.name] = {
             "in words": strategy.label,
-            "plan": strategy.planner.__name__ if strategy.trl is None else "TRL's own",
+            "plan": _in_a_sentence(strategy) if strategy.trl is None else "as TRL makes it",
             "layout": strategy.layout,
             "boundary": strategy.boundary,
+            "steps": -(-len(plan) // strategy.rows_per_batch(batch_size)),
             "slots": plan.report(lengths, strategy.layout).slots,
         }
     return pd.DataFrame(rows).T.rename_axis("strategy")
+
+
+def _in_a_sentence(strategy: Strategy) -> str:
+    """What the planner's docstring begins with, and what the strategy tells it besides."""
+    said = (strategy.planner.__doc__ or strategy.planner.__name__).splitlines()[0].split(". ")[0]
+    said = said.rstrip(".").replace("`", "")
+    told = [f"{name} = {value}" for name, value in strategy.own.items() if name != "overflow"]
+    return f"{said} ({', '.join(told)})" if told else said
 
 
 def waste_by_batch_size(lengths: np.ndarray, batch_sizes: Sequence[int], seed: int = 0) -> pd.DataFrame:
@@ -77,6 +88,7 @@ def tokenizer_table(
 ) -> pd.DataFrame:
     """The same text under several tokenizers: lengths in tokens, padding's waste, the share lost, packed rows.
 
+    `waste, whole` is padding's waste of the examples as they are, `waste, cut` after truncation to max_tokens.
     batch_size: examples of a mini-batch. max_tokens: capacity of a row, where examples are truncated.
     limit: examples of the corpus, a seeded subset.
     """
@@ -92,12 +104,56 @@ def tokenizer_table(
             "mean": n.mean(),
             "p99": np.percentile(n, 99),
             "std / mean": n.std() / n.mean(),
-            "padding waste": plans.shuffled_batches(kept, batch_size).report(kept, "padded").waste,
+            "waste, whole": plans.shuffled_batches(n, batch_size).report(n, "padded").waste,
+            "waste, cut": plans.shuffled_batches(kept, batch_size).report(kept, "padded").waste,
             "lost tokens": 1 - kept.sum() / n.sum(),
             "packed rows": len(plans.best_fit_decreasing(kept, max_tokens, overflow="error")),
         }
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def tokenizer_effect(table: pd.DataFrame) -> str:
+    """From the smallest vocabulary of a `tokenizer_table` to the largest: what changes, in a sentence.
+
+    >>> columns = ["tokenizer", "vocabulary", "tokens", "std / mean", "waste, whole", "waste, cut", "lost tokens"]
+    >>> rows = [("few", 300, 4000, 1.0, 2.0, 1.5, 0.5), ("many", 900, 1000, 1.1, 2.1, 1.8, 0.25)]
+    >>> tokenizer_effect(pd.DataFrame(rows, columns=columns))[:87]
+    'From few to many the text shrinks by 75%, the spread of its lengths (std / mean) changes'
+    """
+    few, many = (table.loc[place] for place in (table["vocabulary"].idxmin(), table["vocabulary"].idxmax()))
+
+    def change(name: str) -> str:
+        return f"{many[name] / few[name] - 1:+.0%}"
+
+    return (
+        f"From {few['tokenizer']} to {many['tokenizer']} the text shrinks by {1 - many['tokens'] / few['tokens']:.0%}, "
+        f"the spread of its lengths (std / mean) changes by {change('std / mean')} and padding's waste by "
+        f"{change('waste, whole')}; cut at the capacity, which loses {few['lost tokens']:.0%} of the tokens with the "
+        f"first and {many['lost tokens']:.0%} with the last, waste changes by {change('waste, cut')}."
+    )
+
+
+def pair_table(plan: Plan, lengths: Sequence[int]) -> pd.DataFrame:
+    """The pairs of tokens that attention computes for a plan of mini-batches, as a sum to check by hand and its value.
+
+    Rows `padded`, `packed, no boundaries` and `packed, boundaries`; columns `sum` and `pairs`. Causal attention needs
+    about half of them.
+
+    >>> pair_table(plans.shuffled_batches([3, 1], 2), [3, 1])["sum"].tolist()
+    ['2 · 3²', '4²', '1² + 3²']
+    """
+    rows = [sorted(lengths[segment.example] for segment in row) for row in plan]
+    padded = [(len(row), max(row)) for row in rows]
+    sums = {
+        "padded": (" + ".join(f"{count} · {n}²" for count, n in padded), sum(count * n * n for count, n in padded)),
+        "packed, no boundaries": (" + ".join(f"{sum(row)}²" for row in rows), sum(sum(row) ** 2 for row in rows)),
+        "packed, boundaries": (
+            " + ".join(f"{n}²" for row in rows for n in row),
+            sum(n * n for row in rows for n in row),
+        ),
+    }
+    return pd.DataFrame(sums, index=["sum", "pairs"]).T
 
 
 def page_sized(lengths: np.ndarray, seed: int = 0) -> list[int]:
@@ -166,6 +222,7 @@ def slots_picture(plan: Plan, lengths: Sequence[int]) -> Picture:
     _draw_attention(axes[5], [together["mini-batch 1"]], True)
     for ax in axes[::2]:
         ax.set_xlim(0, max(plan.row_lengths) + 0.3)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
@@ -246,8 +303,9 @@ def capacity_curves(tables: Mapping[str, pd.DataFrame]) -> Picture:
         color, marker = COLORS[i % len(COLORS)], figures.MARKERS[i % 6]
         for ax, values in ((lost, 100 * table["lost_tokens"]), (fill, table["fill"])):
             ax.plot(table["max_tokens"], values, color=color, marker=marker, markersize=7, label=name)
-    lost.set(title="A small capacity cuts the tail off", ylabel="tokens lost by truncation (%)")
-    fill.set(title="A large one packs almost without gaps", ylabel="fill of best-fit rows (tokens / capacity)")
+    fills = pd.concat([table["fill"] for table in tables.values()])
+    lost.set(title=told[0], ylabel="tokens lost by truncation (%)")
+    fill.set(title=f"Best fit: rows {fills.min():.1%} to {fills.max():.1%} full", ylabel="tokens / capacity")
     for ax in (lost, fill):
         figures.log2_axis(ax)
         ax.set_xlabel("capacity of a row, max_tokens")
@@ -281,13 +339,7 @@ def findings(
     advice: by corpus, the first of them the one of `by_tokenizer` (`tokenizer_table`). compared: `costs.held_out`.
     """
     said = [f"{name}, {batch_size} examples a mini-batch: {answer.recommendation}" for name, answer in advice.items()]
-    few = by_tokenizer.loc[by_tokenizer["vocabulary"].idxmin()]
-    many = by_tokenizer.loc[by_tokenizer["vocabulary"].idxmax()]
-    said.append(
-        f"{next(iter(advice))}: from {few['tokenizer']} to {many['tokenizer']} the text shrinks from "
-        f"{few['tokens']:,} to {many['tokens']:,} tokens; padding's waste goes from {few['padding waste']:.2f} to "
-        f"{many['padding waste']:.2f}."
-    )
+    said.append(f"{next(iter(advice))}: {tokenizer_effect(by_tokenizer)}")
     if len(compared):
         worst = compared["error"].abs().max()
         said.append(f"Predicted from the other strategies, speed-ups are within {worst:.0%} of the measured ones.")

@@ -68,9 +68,30 @@ def test_layouts_are_held_against_the_first(model):
     assert abs(table.loc["without boundaries", "loss"] - table["loss"].iloc[0]) > 1e-3
 
     noticed, same = {"without": 1.5, "with": 0.0}, {"input_ids": True, "labels": False}
-    said = teaching.findings(table, noticed, [0.5, 0.0], same, edited="A")
-    assert said[0].startswith("1 of 2 entries") and "with them 0%" in said[1] and "by up to 1.5 " in said[2]
-    assert "padded and packed; without boundaries gives" in said[3]
+    scores = {"RoPE": {0: np.zeros(2), 9: np.zeros(2)}, "a table": {0: np.zeros(2), 9: np.array([0.0, 3.0])}}
+    said = teaching.findings(table, noticed, [0.5, 0.0], same, scores, edited="A")
+    assert said[0].startswith("1 of 2 entries") and "with them 0%" in said[1]
+    assert said[2].endswith("up to 0 with RoPE and 3 with a table.") and "by up to 1.5 " in said[3]
+    assert "padded and packed; without boundaries gives" in said[4]
+
+
+def rotate(x, positions):
+    first, second = x.chunk(2, -1)
+    angle = positions[:, None] * 10_000 ** -torch.arange(0, 1, 2 / x.shape[-1], dtype=x.dtype)
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+
+
+def test_rotary_scores_know_the_distance_alone_and_learned_ones_the_place(model):
+    assert teaching.same_as_llama(rotate, model)
+    assert not teaching.same_as_llama(lambda x, positions: rotate(x, positions + 1), model)
+    table = torch.randn(2000, 64, dtype=torch.float64)
+    rotary = teaching.scores_by_distance(rotate, [100, 1500])
+    learned = teaching.scores_by_distance(lambda x, positions: x + table[positions], [100, 1500])
+    assert teaching.max_spread(rotary) < 1e-10 < 0.1 < teaching.max_spread(learned)
+    assert np.ptp(rotary[100]) > 0.1, "it does know the distance"
+    figure = teaching.distance_curves({"RoPE": rotary, "learned": learned})
+    figure.canvas.draw()
+    assert [len(ax.lines) for ax in figure.axes] == [2, 2] and "learned: the same distance" in figure.alt
 
 
 def test_errors_are_numbers_or_the_reason_of_a_refusal(model):

@@ -19,7 +19,16 @@ def test_every_strategy_has_a_line():
     assert table.loc["padding", "slots"] == shuffled_batches(EIGHT, 4).report(EIGHT, "padded").slots
     assert (table.loc[table["layout"] == "flat", "slots"] == sum(EIGHT)).all()
     assert list(table.index[table["boundary"] == "row"]) == ["fixed_length_packing"]
-    assert table.loc["trl_padding", "plan"] == "TRL's own" and table.loc["dynapipe", "plan"] == "dynamic_programming"
+    assert table.loc["trl_padding", "plan"] == "as TRL makes it"
+    assert table.loc["dynapipe", "plan"].startswith("DynaPipe's micro-batches (2311.10418): sort by length")
+    assert table.loc["sorted_packing_posid", "plan"].endswith("(order = sorted)")
+
+
+def test_length_grouping_shows_once_the_toy_is_large_enough():
+    table = waste.strategy_table(EIGHT * 8, batch_size=4)
+    assert table.loc["group_by_length", "slots"] < table.loc["padding", "slots"]
+    assert (table.loc[["padding", "group_by_length", "minibatch_packing"], "steps"] == 16).all()
+    assert table.loc["multipack_posid", "steps"] < 16
 
 
 def test_waste_grows_with_the_batch_and_packing_has_none():
@@ -42,7 +51,19 @@ def test_larger_vocabularies_shorten_the_text():
     table = waste.tokenizer_table("arithmetic", ["bpe:300", "bpe:1024"], batch_size=4, max_tokens=512, limit=200)
     assert table["tokens"].is_monotonic_decreasing
     assert table["packed rows"].iloc[1] < table["packed rows"].iloc[0]
-    assert (table["padding waste"] > 1).all()
+    assert (table["waste, whole"] > 1).all() and (table["waste, cut"] > 1).all()
+    effect = waste.tokenizer_effect(table)
+    assert f"shrinks by {1 - table['tokens'].iloc[1] / table['tokens'].iloc[0]:.0%}, " in effect
+    assert f"padding's waste by {table['waste, whole'].iloc[1] / table['waste, whole'].iloc[0] - 1:+.0%};" in effect
+
+
+def test_pairs_are_those_that_a_plan_and_a_mask_have():
+    plan = shuffled_batches(EIGHT, 4, seed=0)
+    pairs = waste.pair_table(plan, EIGHT)["pairs"]
+    assert pairs["packed, boundaries"] == plan.report(EIGHT).attention_cost == plan.row_costs().sum()
+    assert pairs["packed, no boundaries"] == (plan.row_lengths**2).sum() > pairs["packed, boundaries"]
+    longest = [max(EIGHT[segment.example] for segment in row) for row in plan]
+    assert pairs["padded"] == 4 * sum(n * n for n in longest)
 
 
 def test_lengths_are_scaled_to_a_page():
@@ -100,11 +121,12 @@ def test_predictions_show_their_limit(advised):
 
 
 def test_findings_are_computed(advised):
-    columns = ["tokenizer", "vocabulary", "tokens", "padding waste"]
-    by_tokenizer = pd.DataFrame([("many", 900, 1000, 1.5), ("few", 300, 4000, 1.25)], columns=columns)
+    columns = ["tokenizer", "vocabulary", "tokens", "std / mean", "waste, whole", "waste, cut", "lost tokens"]
+    rows = [("many", 900, 1000, 1.0, 2.0, 1.5, 0.1), ("few", 300, 4000, 1.0, 2.0, 1.25, 0.5)]
+    by_tokenizer = pd.DataFrame(rows, columns=columns)
     nothing = pd.DataFrame(columns=["error"])
     first, second = waste.findings(advised, by_tokenizer, nothing, batch_size=4)
     assert first == f"a, 4 examples a mini-batch: {advised['a'].recommendation}"
-    assert second.startswith("a: from few to many the text shrinks from 4,000 to 1,000 tokens")
+    assert second.startswith("a: From few to many the text shrinks by 75%") and second.endswith("changes by +20%.")
     compared = pd.DataFrame({"error": [0.01, -0.08]})
     assert "within 8% of" in waste.findings(advised, by_tokenizer, compared, batch_size=4)[-1]
