@@ -1,13 +1,14 @@
-# make reproduce | test | lab | bench | tables. Each sets up .venv by itself; nothing is reinstalled while pyproject.toml and
+# make reproduce | test | lab | browser | book | bench | tables. Each sets up .venv by itself; nothing is reinstalled while pyproject.toml and
 # constraints.txt stay as they are. In an environment of your own (conda): make reproduce PYTHON=python VENV=
 PRESET ?= cpu
 VENV ?= .venv
 BOOTSTRAP ?= python3
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(VENV),$(VENV)/.ready)
+PAGES := $(if $(VENV),$(VENV)/.pages)
 SOURCES := packlib tests benchmarks notebooks
 
-.PHONY: reproduce test lab bench tables
+.PHONY: reproduce test lab browser book bench tables
 .DEFAULT_GOAL := reproduce
 
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -16,6 +17,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || $(BOOTSTRAP) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lab,test]'
+	@touch $@
+
+$(VENV)/.pages: $(VENV)/.ready
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book,browser]'
 	@touch $@
 
 reproduce: $(READY)
@@ -28,8 +33,16 @@ test: $(READY)
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command as lint; lint(["--no-logo"])'
 	$(PYTHON) -m pytest
 
+# The repository is its root, 00 its first page; what is run there does not change tracked notebooks (packlib/lab/contents.py).
 lab: $(READY)
-	$(PYTHON) -m jupyter lab notebooks/00_start_here.ipynb
+	$(PYTHON) -m jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb --ServerApp.contents_manager_class=packlib.lab.contents.Contents
+
+# JupyterLab and the book in a real browser; without Chromium it says so, and passes.
+browser: $(PAGES)
+	$(PYTHON) -m pytest -m browser tests/browser
+
+book: $(PAGES)
+	$(PYTHON) -m packlib book
 
 bench: $(READY)
 	$(PYTHON) benchmarks/bench_collators.py

@@ -22,7 +22,7 @@ KEPT = {"tags"}  # metadata of a cell that are committed
 
 
 class Contents(AsyncLargeFileManager):
-    """The contents manager that `jupyter_server_config.py` gives to JupyterLab."""
+    """The contents manager that `make lab` gives to JupyterLab."""
 
     async def save(self, model: dict[str, Any], path: str = "") -> dict[str, Any]:
         """Save what JupyterLab sends; a notebook of `notebooks/` in two: without outputs, and executed."""

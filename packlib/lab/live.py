@@ -69,9 +69,9 @@ def _small(text: str) -> HTML:
 def sliders(draw: Callable[..., Any], choices: Mapping[str, Any]) -> None:
     """Show what `draw` returns; where somebody is there, controls under it draw it again.
 
-    choices: as for `ipywidgets.interact`, per argument a list or a range `(low, high)` or `(low, high, step)`. It starts
-    at the argument's default, else at the first of the list. The drawing is an output like any other, changed in place:
-    the notebook shows it wherever it is read, with or without widgets.
+    choices: as for `ipywidgets.interact`, per argument a list or a range `(low, high)` or `(low, high, step)`; it
+    starts at the argument's default, else at the first of the list. The drawing is an output like any other, changed in
+    place: the notebook shows it wherever it is read, with or without widgets.
     """
     arguments = inspect.signature(draw).parameters
     first = {name: values[0] for name, values in choices.items() if arguments[name].default is inspect.Parameter.empty}

@@ -1,0 +1,118 @@
+"""A desk to try: a copy of the repository at toy size, JupyterLab on it, and a real browser before it.
+
+Nothing here runs in `make test`; `make browser` does. Pictures of what was seen go to `build/browser/`.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from packlib.lab import records, reproduce
+
+try:
+    from playwright.sync_api import sync_playwright
+except ImportError:  # installed by `make browser`
+    collect_ignore_glob = ["test_*.py"]
+
+ROOT = records.project_root()
+PICTURES = ROOT / "build" / "browser"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]
+SETTINGS = {
+    "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page, also out of sight
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    """Server and browser outlive a test: their own fixtures end them."""
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def desk(tmp_path_factory):
+    """The repository's tracked files in a folder of their own, notebooks with the parameters of the smoke preset."""
+    import papermill.iorw
+    import papermill.parameterize
+
+    folder = tmp_path_factory.mktemp("desk")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    for name, parameters in reproduce.load_preset("smoke")["notebooks"].items():
+        path = folder / "notebooks" / f"{name}.ipynb"
+        notebook = papermill.iorw.load_notebook_node(str(path))
+        if parameters:
+            notebook = papermill.parameterize.parameterize_notebook(notebook, parameters)
+        del notebook.metadata["papermill"]
+        for cell in notebook.cells:
+            cell.metadata = {"tags": cell.metadata.tags} if cell.metadata.get("tags") else {}
+        nbformat.write(notebook, path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lab(desk, tmp_path_factory):
+    """Address of JupyterLab, started in `desk` as `make lab` starts it, without this machine's settings."""
+    own = tmp_path_factory.mktemp("jupyter")
+    for name, values in SETTINGS.items():
+        file = own / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(values), encoding="utf-8")
+    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
+    environment = os.environ | {name: str(own / name) for name in folders}
+    environment["JUPYTERLAB_SETTINGS_DIR"] = str(own / "settings")
+    environment["OMP_NUM_THREADS"] = "1"
+    port = free_port()
+    dry = subprocess.run(
+        ["make", "-n", "lab", f"PYTHON={sys.executable}", "VENV="], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+    )
+    command = [*shlex.split(dry.stdout), "--no-browser", "--allow-root", "--IdentityProvider.token="]
+    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
+    with open(own / "log", "w", encoding="utf-8") as log:
+        server = subprocess.Popen(command, cwd=desk, env=environment, stdout=log, stderr=log, start_new_session=True)
+    address = f"http://localhost:{port}"
+    try:
+        for _ in range(600):
+            if server.poll() is not None:
+                break
+            try:
+                urllib.request.urlopen(f"{address}/api/status").close()
+                yield address
+                break
+            except OSError:
+                time.sleep(0.1)
+        else:
+            pytest.fail("JupyterLab does not answer:\n" + Path(own / "log").read_text(encoding="utf-8"))
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(20)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
