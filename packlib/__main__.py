@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--world-size", type=int, default=1, help="ranks that train together (default: 1)")
     add("--records", default="cpu", help="run folder to calibrate on (default: cpu; ignored where it has no records)")
     add("--limit", type=int, help="look at a random subset of so many examples")
+    add("--rig", nargs="?", const="", metavar="RUNG", help="name the rung of notebook 08 that gains most from RUNG on")
     add("--json", action="store_true", help="print JSON")
 
     add = command(_isolation, "say whether packed examples see each other in a model").add_argument
@@ -102,10 +103,16 @@ def _advise(arguments: argparse.Namespace) -> str:
     options = {name: getattr(arguments, name) for name in names}
     runs = records.read_records(records.run_folder(arguments.records, create=False))
     advice = advise(corpus.lengths, runs=runs, **options)
+    rig = None
+    if arguments.rig is not None:
+        from packlib.lab.studies.next_rung import next_rung
+
+        sizes = {name: options[name] for name in ("batch_size", "max_tokens", "gradient_accumulation")}
+        rig = next_rung(corpus.lengths, runs, here=arguments.rig, **sizes)
     if arguments.json:
         head = {"corpus": corpus.name, "tokenizer": corpus.tokenizer_name}
-        return json.dumps(head | options | asdict(advice), indent=1)
-    return f"{corpus.name}, tokenizer {corpus.tokenizer_name}: {advice}"
+        return json.dumps(head | options | asdict(advice) | ({"rig": asdict(rig)} if rig else {}), indent=1)
+    return f"{corpus.name}, tokenizer {corpus.tokenizer_name}: {advice}" + (f"\n\n{rig}" if rig else "")
 
 
 def _isolation(arguments: argparse.Namespace) -> str:
