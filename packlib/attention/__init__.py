@@ -2,6 +2,17 @@
 
 from packlib.attention.flash_stand_in import flash_stand_in
 from packlib.attention.kernels import KERNELS, kernel_table, resolve_kernel, varlen_attention
+from packlib.attention.lines import mixer_waste
+from packlib.attention.mixers import isolate_mixers
 from packlib.attention.register import register_attention
 
-__all__ = ["KERNELS", "flash_stand_in", "kernel_table", "register_attention", "resolve_kernel", "varlen_attention"]
+__all__ = [
+    "KERNELS",
+    "flash_stand_in",
+    "isolate_mixers",
+    "kernel_table",
+    "mixer_waste",
+    "register_attention",
+    "resolve_kernel",
+    "varlen_attention",
+]

@@ -1,15 +1,13 @@
 """A module on one line a segment: the packed row [1, T, C] is unflattened to lines [n, L, C], and its output flattened.
 
-What a module carries from token to token ends where a line ends. Lines are padded on the right, after the tokens that
-count, with copies of their own last token: a causal module never sees a pad, no other segment's numbers are touched,
-and what pads give back is dropped, so that their gradient is zero.
+What a module carries from token to token ends where a line ends. Lines are padded on the right with copies of their own
+last token: a causal module never sees a pad, no other segment's numbers are touched, and what pads give back is
+dropped, so that their gradient is zero.
 
 Lines of similar length run together. A group takes the next shorter segment as long as its slots are at most
 `max_waste` times its real tokens, so that
 - slots inside the module are at most `max_waste` times the row's tokens, for any lengths;
 - there are at most 1 + log(longest / shortest) / log(max_waste) groups, each of which is one call of the module.
-With 1.25 a row of 4,096 tokens of instructions (67 to 540 tokens) is 3 calls and 1.22 slots a token, where one call
-would have 1.84; a row of 16,384 of a mixture (11 to 4,096 tokens) is 8 calls and 1.20 for 4.71.
 
 The segments of the batch in hand are a context variable: set while a model runs (`packlib.attention.mixers`), and again
 around what a checkpoint computes a second time, in whichever thread backward does.
@@ -20,19 +18,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from packlib.attention.cu_seqlens import segment_lengths
 
 MAX_WASTE = 1.25
 # Boundaries by the names that models hand them on with; a line has none.
-BOUNDARIES = frozenset(
-    ("seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "pad_tail")
-)
+BOUNDARIES = {"seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "pad_tail"}
 
 
 def group_segments(lengths: Sequence[int], max_waste: float = MAX_WASTE) -> list[list[int]]:
@@ -43,8 +41,6 @@ def group_segments(lengths: Sequence[int], max_waste: float = MAX_WASTE) -> list
 
     >>> group_segments([100, 7, 96, 0, 8])
     [[0, 2], [4, 1]]
-    >>> mixer_waste([100, 7, 96, 0, 8])
-    1.0236966824644549
     """
     if max_waste < 1:
         raise ValueError(f"max_waste = {max_waste}; expected at least 1")
@@ -61,61 +57,51 @@ def group_segments(lengths: Sequence[int], max_waste: float = MAX_WASTE) -> list
 
 
 def mixer_waste(lengths: Sequence[int], max_waste: float = MAX_WASTE) -> float:
-    """Slots inside a mixer over the real tokens of a row with segments of these lengths: 1 to `max_waste`."""
-    return sum(lengths[group[0]] * len(group) for group in group_segments(lengths, max_waste)) / sum(lengths)
+    """Slots inside a mixer on lines over the real tokens of a row with these segments: 1 to `max_waste`.
 
-
-class Lines:
-    """Where the tokens of a row lie on its lines.
-
-    index: for each group the places in the row of its slots, int64 [lines, length]; a pad has its line's last token's.
-    inverse: the slot of each token, all groups' slots end to end, int64 [T]. All on `device`, with one copy.
+    >>> round(mixer_waste([300, 290, 10]), 3)
+    1.017
     """
-
-    def __init__(self, lengths: Sequence[int], groups: Sequence[Sequence[int]], device: torch.device) -> None:
-        sizes = torch.tensor(lengths)
-        starts = sizes.cumsum(0) - sizes
-        inverse, slots = torch.empty(sum(lengths), dtype=torch.int64), 0
-        places: list[Tensor] = []
-        for group in groups:
-            offsets, last = torch.arange(lengths[group[0]]), sizes[list(group), None] - 1
-            places.append(starts[list(group), None] + torch.minimum(offsets, last))
-            real = (offsets <= last).flatten().nonzero()[:, 0]
-            inverse[places[-1].flatten()[real]] = slots + real
-            slots += places[-1].numel()
-        flat = torch.cat([inverse, *(index.flatten() for index in places)])
-        if device.type == "cuda":
-            flat = flat.pin_memory()  # else the copy waits for the device
-        self.inverse, *indices = flat.to(device, non_blocking=True).split([len(inverse), *map(Tensor.numel, places)])
-        self.index = [index.unflatten(0, shape.shape) for index, shape in zip(indices, places)]
+    return sum(lengths[group[0]] * len(group) for group in group_segments(lengths, max_waste)) / sum(lengths)
 
 
 class Segments:
     """The segments of one batch: their lengths on the host, and their lines, laid out once however many modules ask.
 
-    cu_seqlens: int32 [segments + 1]. One device synchronisation, none if it lies on the CPU or remembers its lengths
-    (`segment_lengths`).
+    cu_seqlens: int32 [segments + 1]. One device synchronisation, none if it lies on the CPU or remembers its lengths.
     """
 
     def __init__(self, cu_seqlens: Tensor) -> None:
         self.cu_seqlens = cu_seqlens
         self.lengths = segment_lengths(cu_seqlens)
         self.tokens = sum(self.lengths)
-        self._lines: dict[tuple[torch.device, float | None], Lines] = {}
+        self._lines: dict[tuple[torch.device, float], tuple[list[Tensor], Tensor]] = {}
 
-    def lines(self, device: torch.device, max_waste: float | None) -> Lines:
-        """Lines on `device`; each one a group of its own, without pads, if `max_waste` is None."""
-        key = device, max_waste
-        if key not in self._lines:
-            alone = [[i] for i, n in enumerate(self.lengths) if n]
-            groups = alone if max_waste is None else group_segments(self.lengths, max_waste)
-            self._lines[key] = Lines(self.lengths, groups, device)
-        return self._lines[key]
+    def lines(self, device: torch.device, max_waste: float) -> tuple[list[Tensor], Tensor]:
+        """For each group the tokens on its lines, int64 [lines, length]; and each token's slot, int64 [T].
 
-    def seq_idx(self, device: torch.device) -> Tensor:
-        """Number of each token's segment, int32 [1, T]."""
-        numbers = torch.arange(len(self.lengths), dtype=torch.int32)
-        return numbers.repeat_interleave(torch.tensor(self.lengths))[None].to(device)
+        A pad has its line's last token. Slots are counted through all groups.
+        """
+        if (device, max_waste) not in self._lines:
+            self._lines[device, max_waste] = self._lay_out(device, max_waste)
+        return self._lines[device, max_waste]
+
+    def _lay_out(self, device: torch.device, max_waste: float) -> tuple[list[Tensor], Tensor]:
+        lengths = np.array(self.lengths)
+        starts = np.cumsum(lengths) - lengths
+        slot_of, slots = np.empty(self.tokens, dtype=np.int64), 0
+        groups = []
+        for group in group_segments(self.lengths, max_waste):
+            offsets, last = np.arange(lengths[group[0]]), lengths[group, None] - 1
+            groups.append(starts[group, None] + np.minimum(offsets, last))
+            real = np.flatnonzero(offsets <= last)
+            slot_of[groups[-1].flat[real]] = slots + real
+            slots += groups[-1].size
+        flat = torch.from_numpy(np.concatenate([slot_of, *(tokens.flat for tokens in groups)]))
+        if device.type == "cuda":
+            flat = flat.pin_memory()  # else the copy waits for the device
+        slot, *index = flat.to(device, non_blocking=True).split([self.tokens, *(tokens.size for tokens in groups)])
+        return [i.view(tokens.shape) for i, tokens in zip(index, groups)], slot
 
 
 ONE_BY_ONE = Segments(torch.zeros(1, dtype=torch.int32))  # of a batch that is not packed, and of lines
@@ -137,27 +123,22 @@ def inside(segments: Segments | None) -> Iterator[None]:
         _current.reset(token)
 
 
-def is_per_token(value: Any, tokens: int) -> bool:
-    """Whether a value has one entry for each token of the row: a tensor [1, T, …]."""
+def per_token(tree: Any, tokens: int) -> list[Tensor]:
+    """The tensors [1, T, …] among nested arguments or outputs."""
+    return [value for value in tree_flatten(tree)[0] if _is_per_token(value, tokens)]
+
+
+def _is_per_token(value: Any, tokens: int) -> bool:
     return isinstance(value, Tensor) and value.shape[:2] == (1, tokens)
 
 
-def per_token(tree: Any, tokens: int) -> list[Tensor]:
-    """The tensors [1, T, …] among nested arguments or outputs."""
-    return [value for value in tree_flatten(tree)[0] if is_per_token(value, tokens)]
-
-
 def run_on_lines(
-    forward: Callable[..., Any],
-    segments: Segments,
-    max_waste: float | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    forward: Callable[..., Any], segments: Segments, max_waste: float, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """What `forward` makes of each segment by itself, laid out as its row again.
 
-    Of the arguments, tensors [1, T, …] (nested ones too) are unflattened, masks and biases [1, H, T, T] are cut to each
-    line, biases of keys [H, 1, T] (ALiBi) begin anew, boundaries are left out, all else stays. Of the outputs, tensors
+    Of the arguments, tensors [1, T, …] (nested ones too) are unflattened, masks [1, H, T, T] are cut to each line,
+    biases of keys [H, 1, T] (ALiBi) begin anew, boundaries are left out, all else stays. Of the outputs, tensors
     [n, L, …] are flattened to [1, T, …]; others (last states) mean nothing for a row and become None.
 
     Raises `ValueError` if no argument has as many tokens as the segments.
@@ -166,42 +147,39 @@ def run_on_lines(
     if not given:
         shapes = [tuple(value.shape) for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
         raise ValueError(f"a mixer was given tensors of shapes {shapes}; expected one [1, {segments.tokens}, …]")
-    lines = segments.lines(given[0].device, max_waste)
+    groups, slot = segments.lines(given[0].device, max_waste)
     kwargs = {name: value for name, value in kwargs.items() if name not in BOUNDARIES}
     outputs = []
     with inside(ONE_BY_ONE):
-        for index in lines.index:
-            line_args, line_kwargs = tree_map(
-                lambda value, index=index: _lay_out(value, index, segments), (args, kwargs)
-            )
+        for index in groups:
+            line_args, line_kwargs = tree_map(partial(_unflatten, index=index, tokens=segments.tokens), (args, kwargs))
             outputs.append(forward(*line_args, **line_kwargs))
     leaves, specs = zip(*map(tree_flatten, outputs))
-    return tree_unflatten([_flatten(parts, lines) for parts in zip(*leaves)], specs[0])
+    return tree_unflatten([_flatten(parts, groups, slot) for parts in zip(*leaves)], specs[0])
 
 
-def _lay_out(value: Any, index: Tensor, segments: Segments) -> Any:
+def _unflatten(value: Any, index: Tensor, tokens: int) -> Any:
     """An argument as these lines have it."""
-    tokens = segments.tokens
     if not isinstance(value, Tensor) or index.shape == (1, tokens):
         return value
-    if is_per_token(value, tokens):
+    if _is_per_token(value, tokens):
         return value[0].index_select(0, index.flatten()).unflatten(0, index.shape)
     if value.ndim == 4 and value.shape[-2:] == (tokens, tokens):
         blocks = value[0][:, index[:, :, None], index[:, None, :]].transpose(0, 1)
-        again = nn.functional.pad(index.diff() == 0, (1, 0))  # pads: the last token once more, which it must not see
-        hidden = False if value.dtype == torch.bool else torch.finfo(value.dtype).min
-        return blocks.masked_fill(again[:, None, None], hidden)
+        pads = torch.nn.functional.pad(index.diff() == 0, (1, 0))  # the last token once more, which it must not see
+        return torch.where(pads[:, None, None], value[:, :, :1, -1:], blocks)  # as the first must not see the last
     if value.ndim == 3 and value.shape[1:] == (1, tokens):
         return value[:, :, : index.shape[1]].repeat(len(index), 1, 1)
+    if value.ndim == 4 and value.shape[3] == 1 and value.dtype == torch.int64:  # packlib_varlen's: where rows end
+        ends = torch.arange(0, index.numel() + 1, index.shape[1], device=value.device)
+        return ends[None, None, :, None].expand(1, value.shape[1], -1, 1)
     return value
 
 
-def _flatten(parts: Sequence[Any], lines: Lines) -> Any:
+def _flatten(parts: Sequence[Any], groups: Sequence[Tensor], slot: Tensor) -> Any:
     """An output of all groups as the row has it."""
     if not isinstance(parts[0], Tensor):
         return parts[0]
-    if any(part.shape[:2] != index.shape for part, index in zip(parts, lines.index)):
+    if any(part.shape[:2] != index.shape for part, index in zip(parts, groups)):
         return None
-    if lines.index[0].shape == (1, len(lines.inverse)):
-        return parts[0]
-    return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, lines.inverse)[None]
+    return torch.cat([part.flatten(0, 1) for part in parts]).index_select(0, slot)[None]

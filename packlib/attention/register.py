@@ -119,8 +119,8 @@ def _mask(
 ) -> Tensor:
     """Mask function for transformers: what the mask asks for, and where real tokens are, once a forward.
 
-    Returns int64 [1, code, n, 1]: `code` is a `_Request`; n = B + 1 `cu_seqlens` of rows without a mask, or these and the
-    places of the real tokens in B · T.
+    Returns int64 [1, code, n, 1]: `code` is a `_Request`; n = B + 1 `cu_seqlens` of rows without a mask, or these and
+    the places of the real tokens in B · T.
     """
     name = type(config).__name__
     if use_vmap or getattr(mask_function, "__qualname__", "").startswith("or_masks"):
