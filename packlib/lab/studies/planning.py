@@ -140,6 +140,24 @@ def fill_by_chunk(lengths: np.ndarray, max_tokens: int, chunks: Sequence[int], s
     return pd.DataFrame(rows, columns=["chunk", "fill", "rows"])
 
 
+def fill_by_buffer(lengths: np.ndarray, max_tokens: int, buffers: Sequence[int], seed: int = 0) -> pd.DataFrame:
+    """Rows of `plans.stream` against its buffer: `source, buffer, fill, rows, offline_fill`; buffers below the corpus.
+
+    source: `shuffled` or `sorted by length`, as examples come. offline_fill: that of a plan of all of them. Rows are
+    those that the stream makes, of tokens that take no memory.
+    """
+    offline = lengths.sum() / (len(plans.best_fit_decreasing(lengths, max_tokens, overflow="error")) * max_tokens)
+    sources = {"shuffled": np.random.default_rng(seed).permutation(lengths), "sorted by length": np.sort(lengths)}
+    made = []
+    for source, order in sources.items():
+        examples = [np.broadcast_to(np.int64(1), n) for n in order.tolist()]
+        for buffer in sorted(buffer for buffer in buffers if buffer < len(order)):
+            stream = plans.stream(examples, max_tokens, overflow="error", buffer=buffer, seed=seed)
+            rows = sum(1 for _ in stream)
+            made.append((source, buffer, lengths.sum() / (rows * max_tokens), rows, offline))
+    return pd.DataFrame(made, columns=["source", "buffer", "fill", "rows", "offline_fill"])
+
+
 def long_to_short(plan: Plan) -> Plan:
     """The rows sorted by their longest segment, as a packer builds them: what shuffling the rows prevents."""
     longest = np.maximum.reduceat(plan.stop - plan.start, plan.row_splits[:-1])
@@ -251,6 +269,21 @@ def planned_at(growth: pd.DataFrame, chunk: int = 1000) -> pd.Series:
     return growth.loc[(growth["chunk"] - chunk).abs().idxmin()]
 
 
+def fill_by_buffer_lines(table: pd.DataFrame) -> Picture:
+    """Fill against the buffer of a stream (`fill_by_buffer`), a line a source, and that of a plan of everything."""
+    offline, largest = table["offline_fill"].iloc[0], table["buffer"].max()
+    at = table[table["buffer"] == largest].set_index("source")["fill"]
+    title = f"A buffer of {largest:,} fills {at['shuffled']:.2%}, a plan of all {offline:.2%}"
+    figure, (ax,) = figures.new(8.5, 4.2, f"{title}; sorted by length, the stream fills {at['sorted by length']:.2%}")
+    for i, (source, line) in enumerate(table.groupby("source", sort=False)):
+        color, marker = COLORS[3 * i], figures.MARKERS[i]
+        ax.plot(line["buffer"], 100 * line["fill"], marker=marker, markersize=7, color=color, label=f"stream, {source}")
+    ax.axhline(100 * offline, **figures.LIMIT, label="plan of all examples")
+    ax.set(title=title, xscale="log", xlabel="examples in the buffer", ylabel="fill of the rows (%)")
+    ax.legend(loc="lower right")
+    return figure
+
+
 def drift(named: Mapping[str, Plan]) -> Picture:
     """Examples in each row over the epoch, with the running mean, one panel per order of the rows.
 
@@ -290,6 +323,20 @@ def rank_waiting(named: Mapping[str, Plan], world_size: int, steps: int = 40) ->
 
 
 # Findings
+
+
+def buffer_finding(table: pd.DataFrame, within: float = 0.005) -> str:
+    """What `fill_by_buffer` found: the buffer from which on a stream is as full as a plan, and what sorting costs."""
+    offline = table["offline_fill"].iloc[0]
+    shuffled, in_order = (lines for _, lines in table.groupby("source", sort=False))
+    short = shuffled[shuffled["fill"] < (1 - within) * offline]
+    enough = shuffled[shuffled["buffer"] > short["buffer"].max()] if len(short) else shuffled
+    largest, last = shuffled["buffer"].iloc[-1], in_order["fill"].iloc[-1]
+    found = f"no buffer up to {largest:,} is" if enough.empty else f"a buffer of {enough['buffer'].iloc[0]:,} is"
+    return (
+        f"Shuffled, {found} within {within:.1%} of the fill of a plan of everything ({offline:.2%}); "
+        f"sorted by length, a buffer of {largest:,} fills {last:.2%}, {1 - last / offline:.1%} less than the plan."
+    )
 
 
 def findings(

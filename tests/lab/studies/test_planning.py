@@ -60,6 +60,20 @@ def test_fill_grows_with_what_is_planned_at_once():
     assert planning.planned_at(table, 90)["chunk"] == 100
 
 
+def test_a_stream_fills_as_its_buffer_and_its_order_allow():
+    table = planning.fill_by_buffer(LENGTHS, 512, [20, 200, 1000, 10**6])
+    assert table["buffer"].tolist() == [20, 200, 1000] * 2, "below the corpus"
+    assert table["fill"].tolist() == pytest.approx((LENGTHS.sum() / 512 / table["rows"]).tolist())
+    shuffled, in_order = (lines["fill"].tolist() for _, lines in table.groupby("source", sort=False))
+    assert shuffled[0] < shuffled[-1] <= table["offline_fill"].max() and in_order[0] < shuffled[0]
+    found = planning.buffer_finding(table)
+    assert f"sorted by length, a buffer of 1,000 fills {in_order[-1]:.2%}" in found and "Shuffled, a buffer of" in found
+    assert "Shuffled, no buffer up to 20 is" in planning.buffer_finding(table[table["buffer"] == 20])
+    figure = planning.fill_by_buffer_lines(table)
+    assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([100 * fill for fill in shuffled])
+    assert f"{shuffled[-1]:.2%}" in figure.axes[0].get_title(loc="left") and f"{in_order[-1]:.2%}" in figure.alt
+
+
 def test_constant_examples_are_constant():
     plan = best_fit_decreasing(LENGTHS, 512, overflow="error")
     table = planning.examples_per_step(plan)
