@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 
 from packlib.attention.lines import (
     BOUNDARIES,
+    ISOLATED,
     MAX_WASTE,
     ONE_BY_ONE,
     Segments,
@@ -97,9 +98,11 @@ def isolate_mixers(model: nn.Module, *, max_waste: float = MAX_WASTE) -> dict[st
         for module in model.modules():
             _restore(module)
         raise
-    for module in model.modules() if wrapped else ():
+    for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            _answer_for(module, _enter)
+            vars(module)[ISOLATED] = True
+            if wrapped:
+                _answer_for(module, _enter)
     return wrapped
 
 
@@ -333,7 +336,10 @@ class _Probe:
             return False
         generator = torch.Generator().manual_seed(0)
         onto = [torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device) for out in watched]
-        gradients = torch.autograd.grad(watched, leaves, onto, allow_unused=True)
+        try:
+            gradients = torch.autograd.grad(watched, leaves, onto, allow_unused=True)
+        except NotImplementedError:
+            return False  # FlexAttention has no backward on a CPU
         found = [gradient for gradient in gradients if gradient is not None]
         return any(float(g[:, _EDITED].abs().max()) > self.eps * float(g.abs().max()) for g in found)
 

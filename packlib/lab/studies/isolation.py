@@ -24,8 +24,9 @@ import transformers
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 from pandas.io.formats.style import Styler
+from transformers import PreTrainedModel
 
-from packlib.attention import flash_stand_in, register_attention
+from packlib.attention import flash_stand_in, isolate_mixers, mixer_waste, register_attention
 from packlib.isolation import EquivalenceReport, IsolationReport, check_equivalence, check_isolation
 from packlib.isolation.probe import packed_batch
 from packlib.lab import figures, records
@@ -41,7 +42,7 @@ MODELS = (
     *("llama4_text", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"),
     *("opt", "biogpt", "falcon", "bloom", "mpt"),
     *("mamba", "mamba2", "falcon_mamba", "rwkv", "jamba", "bamba", "falcon_h1", "recurrent_gemma", "granitemoehybrid"),
-    *("lfm2", "qwen3_next", "olmo_hybrid", "minimax"),
+    *("lfm2", "qwen3_next", "qwen3_5_text", "olmo_hybrid", "nemotron_h", "kimi_linear", "minimax"),
     *("bert", "roberta", "electra", "modernbert"),
 )
 ATTENTIONS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "packlib_varlen")
@@ -100,10 +101,23 @@ SITUATIONS = {
     "two packed rows": _two_rows,
     "cache left on": _cache_left_on,
     "cu_seqlens, no position ids": _boundaries_alone,
+    "+ isolate_mixers": packed_batch,  # FlatteningCollator's batch for the model that `isolate_mixers` makes of it
 }
+ISOLATED = "+ isolate_mixers"
 
 
 # Tables
+
+
+class _Refused(ValueError):
+    """`isolate_mixers` says that it cannot."""
+
+
+def _isolate(model: PreTrainedModel) -> None:
+    try:
+        isolate_mixers(model)
+    except ValueError as error:
+        raise _Refused(str(error)) from error
 
 
 def check_cell(model: str, attention: str, situation: str, dtype: str) -> dict[str, Any]:
@@ -120,7 +134,11 @@ def check_cell(model: str, attention: str, situation: str, dtype: str) -> dict[s
             stack.enter_context(flash_stand_in())
         try:
             built = small_model(model, attention, getattr(torch, dtype))
+            if situation == ISOLATED:
+                _isolate(built)
             report = check_isolation(built, batch_builder=SITUATIONS[situation], lengths=LENGTHS)
+        except _Refused as refusal:
+            cell |= {"verdict": "refused", "reason": str(refusal)}
         except Exception as error:  # whatever a model raises that does not know this attention
             cell |= {"verdict": "unsupported", "reason": f"{type(error).__name__}: {error}"[:300]}
         else:
@@ -143,7 +161,7 @@ def run_matrix(
 ) -> dict[str, Any]:
     """Every combination, as a record: `environment`, `cells` (`check_cell`) and their `disagreements` with float64.
 
-    About 0.15 s a cell on one core, 0.8 s for FlexAttention.
+    About 0.15 s a cell on one core, 0.8 s for FlexAttention and where mixers are isolated.
     """
     register_attention()
     verbosity = transformers.logging.get_verbosity()
@@ -214,6 +232,16 @@ def weighed_examples(seed: int = 0) -> list[dict[str, list[int]]]:
     """Three examples of very different lengths, random tokens."""
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(4, 250, (n,), generator=generator).tolist()} for n in WEIGHED]
+
+
+def repaired(model: PreTrainedModel, lengths: Sequence[int], seed: int = 0) -> tuple[list[IsolationReport], str]:
+    """`check_isolation` before and after `isolate_mixers`, which changes the model, and a sentence on what it did."""
+    before = check_isolation(model, lengths=lengths, seed=seed)
+    wrapped = isolate_mixers(model)
+    after = check_isolation(model, lengths=lengths, seed=seed)
+    kinds = ", ".join(sorted(set(wrapped.values()))) or "nothing"
+    slots = mixer_waste(lengths)
+    return [before, after], f"on one line a segment: {kinds} ({len(wrapped)}); {slots:.2f} slots a token inside"
 
 
 def equivalence(model_type: str, examples: Sequence[Mapping[str, list[int]]]) -> pd.DataFrame:
@@ -313,12 +341,19 @@ def findings(record: Mapping[str, Any], dtype: str, equal: pd.DataFrame) -> list
     ran = cells[~cells["verdict"].isin(["unsupported", "refused"])]
     leaks = ran[ran["verdict"] == "leak"]
     ours = leaks[(leaks["attention"] == "packlib_varlen") & (leaks["situation"] == "FlatteningCollator")]
+    wide = cells.pivot(index=["model", "attention"], columns="situation", values="verdict")
+    mended = wide.reindex(columns=["FlatteningCollator", ISOLATED])[
+        wide["FlatteningCollator"].isin(["leak", "shifted", "refused"])
+    ]
+    apart = mended[ISOLATED].isin(["exact", "rounding"])
     where, attention = "combinations of model, attention and situation that run", sum(ours["culprit"] == "attention")
     return [
         f"transformers {record['environment']['transformers']}: {len(leaks)} of {len(ran)} {where} leak.",
         f"{len(record['disagreements'])} of {len(record['cells'])} verdicts disagree with float64: "
         f"false alarms and misses.",
         f"packlib_varlen with FlatteningCollator's batch: {attention} leaks in attention, {len(ours)} in all.",
+        f"isolate_mixers keeps examples apart in {apart.sum()} of the {len(mended)} combinations of model and attention "
+        "that leak, shift or refuse with that batch.",
         f"Packed against one at a time, the largest relative error of any parameter's gradient is "
         f"{equal['gradient_error'].max():.1e}.",
     ]
