@@ -33,6 +33,7 @@ MEASURED = (
     "utilization",
     "loss",
 )
+RATES = ("metrics.tokens_per_s.mean", "metrics.slots_per_s.mean")  # of all ranks, in records
 RELATIVE = ("speed_up", "speed_up_low", "speed_up_high", "limit", "memory_ratio")  # to padding
 VARIES = {"run_id", "status", "error", "model", "corpus", "strategy", "kernel", "seed", "repeat"}  # between arms
 FORMATS = {
@@ -58,13 +59,15 @@ def arm_label(strategy: str, kernel: str) -> str:
     return f"{label} ({kernel.removeprefix('transformers_')})" if kernel.startswith("transformers_") else label
 
 
-def rig_label(rig: Mapping[str, Any]) -> str:
+def rig_label(rig: Mapping[str, Any], ranks: int = 1) -> str:
     """What of a rig's fields differs from the default `Rig`, as text; a field that is missing (NaN) is as by default.
 
-    >>> rig_label({"recompute": "all", "liger": True}), rig_label({"recompute": "none"})
-    ('recompute=all+liger', '')
+    ranks: processes that train together; what several do is compared with what as many do.
+
+    >>> rig_label({"recompute": "all", "liger": True}), rig_label({"shard": True}, 2), rig_label({"recompute": "none"})
+    ('recompute=all+liger', 'ranks=2+shard', '')
     """
-    parts = []
+    parts = [f"ranks={ranks}"] if ranks > 1 else []
     for name, usual in asdict(Rig()).items():
         value = rig.get(name)
         if pd.notna(value) and value != usual:
@@ -76,7 +79,12 @@ def rigs(frame: pd.DataFrame) -> pd.Series:
     """`rig_label` of every run of a frame, as `records.load_records` gives it."""
     names = [field.name for field in fields(Rig)]
     columns = frame.reindex(columns=[f"rig.{name}" for name in names]).set_axis(names, axis=1)
-    return pd.Series([rig_label(row) for row in columns.to_dict("records")], index=frame.index, dtype=object)
+    labels = [rig_label(row, ranks) for row, ranks in zip(columns.to_dict("records"), _ranks(frame))]
+    return pd.Series(labels, index=frame.index, dtype=object)
+
+
+def _ranks(frame: pd.DataFrame) -> pd.Series:
+    return frame.get("world_size", pd.Series(1, index=frame.index)).fillna(1).astype(int)
 
 
 def named_models(models: Iterable[str], rigs: Iterable[str]) -> list[str]:
@@ -122,8 +130,8 @@ def against(frame: pd.DataFrame, base: str = "padding", by: Sequence[str] = ("mo
     """Speed and memory of every arm relative to `base` on the same model, rig and corpus.
 
     frame: `records.load_records`. by: columns that compared runs share, besides their rig. Repeats and seeds of an arm
-    are pooled: its rate is the median of theirs, low and high their range. limit: padding's slots per real token over
-    the arm's own, what dropping the pads alone can give.
+    are pooled: its rate is the median of theirs, low and high their range. Rates are those of one of the ranks. limit:
+    padding's slots per real token over the arm's own, what dropping the pads alone can give.
 
     Returns a row an arm with `by`, `rig`, `strategy, kernel, status, runs`, MEASURED (tokens and slots per second,
     bytes, seconds, nats) and RELATIVE; what was not measured is NaN. Rows come model by model and corpus by corpus as
@@ -131,8 +139,9 @@ def against(frame: pd.DataFrame, base: str = "padding", by: Sequence[str] = ("mo
     """
     if not len(frame):
         return pd.DataFrame()
-    order = {name: i for i, name in enumerate(STRATEGIES)}
-    frame = frame.assign(rig=rigs(frame)).sort_values("strategy", key=lambda names: names.map(order), kind="stable")
+    order, per_rank = {name: i for i, name in enumerate(STRATEGIES)}, _ranks(frame)
+    rates = {name: frame[name] / per_rank for name in RATES if name in frame}
+    frame = frame.assign(rig=rigs(frame), **rates).sort_values("strategy", key=lambda names: names.map(order), kind="stable")
     rows = []
     keys = [*by, "rig"]
     for _, group in sorted(frame.groupby(keys, sort=False), key=lambda item: item[1].index.min()):

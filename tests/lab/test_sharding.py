@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from packlib.lab import experiment, records, reproduce, tables
 from packlib.lab.spec import Rig, RunSpec
+from packlib.lab.studies import throughput
 from tests.lab import sharded_training
 
 pytestmark = pytest.mark.timeout(240)
@@ -60,6 +63,31 @@ def test_other_rigs_on_two_ranks(tmp_path, alone, rig):
     assert ended.returncode == 0, ended.stderr
     assert first == second and (first["sharded"] > 0) == ("shard" in rig)
     assert first["losses"] == close(alone["losses"]) and first["norms"] == close(alone["norms"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_dry_run_of_the_papers_machine(tmp_path):
+    """The arms of preset h100x8 with two processes for its eight GPUs, a toy for its model, and short rows."""
+    parameters = reproduce.load_preset("h100x8")["notebooks"]["06_measure_throughput_and_memory"]
+    sizes = {name: parameters[name] for name in ("batch_size", "gradient_accumulation")}
+    toy = {"dtype": "float32", "layers": 1, "limit": 96, "tokenizer": "bpe:512", "warmup_steps": 1, "world_size": 2}
+    base = RunSpec(**sizes, max_tokens=128, steps=2, **parameters["options"] | toy)
+    paper, ours, *_ = [{}, *parameters["further"]]
+    specs = throughput.table_2_specs(base, ["tiny-llama"], ["arithmetic"], parameters["strategies"], [paper])
+    specs = [spec for spec in specs if not spec.strategy.startswith("trl_")][:3]
+    specs.append(replace(specs[-1], rig=replace(base.rig, **ours["rig"] | {"compile": "none", "recompute": "none"})))
+    found = experiment.run(specs, records.run_folder(tmp_path))
+    assert [record["error"] for record in found] == [None] * len(specs)
+    for record in found:
+        ranks = record["metrics"]["ranks"]
+        assert {len(values) for values in ranks.values()} == {2}
+        assert sum(ranks["tokens_per_step"]) == pytest.approx(record["metrics"]["tokens_per_step"])
+    losses = {(r["spec"]["strategy"], r["spec"]["kernel"]): r["trace"]["loss"] for r in found[:3]}
+    assert losses["padding", "auto"] == close(losses["minibatch_packing", "auto"])
+    table = tables.against(experiment.frame(specs, records.run_folder(tmp_path)))
+    rate = found[0]["metrics"]["tokens_per_s"]["mean"]
+    assert table["tokens_per_s"].iloc[0] == pytest.approx(rate / 2), "tables say what one GPU does"
 
 
 @pytest.mark.parametrize(

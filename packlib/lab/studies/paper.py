@@ -226,7 +226,7 @@ def _our_setting(arms: pd.DataFrame) -> dict[str, str]:
     one, padded = arms.iloc[0], arms[arms["strategy"] == "padding"].drop_duplicates("corpus")
     corpora, mean = padded["corpus"].map(tables.short), padded["plan.real_tokens"] / padded["plan.examples"]
     return {
-        "machine": f"{one['world_size']:.0f} x {one['environment.device']}, not sharded",
+        "machine": f"{one['world_size']:.0f} x {one['environment.device']}, {_sharding(one)}",
         "weights": "random" if models.architecture(one["architecture"]) else "pretrained",
         "forward and backward": one["dtype"],
         "gradients, AdamW's moments": "bfloat16" if one["dtype"] == "bfloat16" else "float32",
@@ -236,6 +236,10 @@ def _our_setting(arms: pd.DataFrame) -> dict[str, str]:
         "tokens per example": ", ".join(f"{corpus}: {n:.0f}" for corpus, n in zip(corpora, mean)),
         "slots per real token, padded": ", ".join(f"{c}: {n:.2f}" for c, n in zip(corpora, padded["plan.waste"])),
     }
+
+
+def _sharding(run: pd.Series) -> str:
+    return "FSDP" if run.get("rig.shard") is True else "not sharded"
 
 
 def table_4(found: pd.DataFrame) -> pd.DataFrame:
