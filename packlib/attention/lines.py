@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from packlib.attention.cu_seqlens import segment_lengths
 
 MAX_WASTE = 1.25
+ISOLATED = "_packlib_isolated"  # attribute of the models that `isolate_mixers` has seen
 # Boundaries by the names that models hand them on with; a line has none.
 BOUNDARIES = {"seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "pad_tail"}
 

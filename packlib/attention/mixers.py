@@ -336,10 +336,7 @@ class _Probe:
             return False
         generator = torch.Generator().manual_seed(0)
         onto = [torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device) for out in watched]
-        try:
-            gradients = torch.autograd.grad(watched, leaves, onto, allow_unused=True)
-        except NotImplementedError:
-            return False  # FlexAttention has no backward on a CPU
+        gradients = torch.autograd.grad(watched, leaves, onto, allow_unused=True)
         found = [gradient for gradient in gradients if gradient is not None]
         return any(float(g[:, _EDITED].abs().max()) > self.eps * float(g.abs().max()) for g in found)
 
@@ -359,23 +356,15 @@ class _Probe:
     def wrong(self) -> str:
         """What is wrong with the logits of the packed row; nothing if they are those of its examples alone."""
         self.model.eval()
-        leaves: list[Tensor] = []
-
-        def to_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            leaves.append(output.detach().requires_grad_())
-            return leaves[-1].clone()
-
         with torch.no_grad(), inside(ONE_BY_ONE):
             ids = [torch.tensor([example], device=self.device) for example in self.examples]
             alone = torch.cat([_logits(self.model(input_ids=i, use_cache=False))[0] for i in ids])
-        hook = self.model.get_input_embeddings().register_forward_hook(to_leaf)
         try:
-            with torch.enable_grad(), inside(self.segments):
-                packed = _logits(self.model(**self.batch, use_cache=False))[0]
-        finally:
-            hook.remove()
+            packed, leaves = self._packed(gradient=True)
+        except NotImplementedError:  # FlexAttention has no backward on a CPU
+            packed, leaves = self._packed(gradient=False)
         name, distance = type(self.model).__name__, _distance(alone, packed)
-        if self._pulls([packed], leaves[:1]):
+        if self._pulls([packed], leaves):
             return f"{name} lets packed examples see each other, and no module of it can be isolated"
         if not distance < 4 * self.eps**0.5:
             return (
@@ -383,6 +372,21 @@ class _Probe:
                 "them); check_isolation says where that starts (positions: FlatteningCollator has position_ids_start)"
             )
         return ""
+
+    def _packed(self, gradient: bool) -> tuple[Tensor, list[Tensor]]:
+        """Logits of the packed row, and its embeddings, by which they can be differentiated."""
+        leaves: list[Tensor] = []
+
+        def to_leaf(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            leaves.append(output.detach().requires_grad_(gradient))
+            return leaves[-1].clone()
+
+        hook = self.model.get_input_embeddings().register_forward_hook(to_leaf)
+        try:
+            with torch.set_grad_enabled(gradient), inside(self.segments):
+                return _logits(self.model(**self.batch, use_cache=False))[0], leaves[:1]
+        finally:
+            hook.remove()
 
 
 def _detached(tree: Any) -> Any:

@@ -341,19 +341,24 @@ def findings(record: Mapping[str, Any], dtype: str, equal: pd.DataFrame) -> list
     ran = cells[~cells["verdict"].isin(["unsupported", "refused"])]
     leaks = ran[ran["verdict"] == "leak"]
     ours = leaks[(leaks["attention"] == "packlib_varlen") & (leaks["situation"] == "FlatteningCollator")]
-    wide = cells.pivot(index=["model", "attention"], columns="situation", values="verdict")
-    mended = wide.reindex(columns=["FlatteningCollator", ISOLATED])[
-        wide["FlatteningCollator"].isin(["leak", "shifted", "refused"])
-    ]
-    apart = mended[ISOLATED].isin(["exact", "rounding"])
     where, attention = "combinations of model, attention and situation that run", sum(ours["culprit"] == "attention")
     return [
         f"transformers {record['environment']['transformers']}: {len(leaks)} of {len(ran)} {where} leak.",
         f"{len(record['disagreements'])} of {len(record['cells'])} verdicts disagree with float64: "
         f"false alarms and misses.",
         f"packlib_varlen with FlatteningCollator's batch: {attention} leaks in attention, {len(ours)} in all.",
-        f"isolate_mixers keeps examples apart in {apart.sum()} of the {len(mended)} combinations of model and attention "
-        "that leak, shift or refuse with that batch.",
+        *_mended(cells),
         f"Packed against one at a time, the largest relative error of any parameter's gradient is "
         f"{equal['gradient_error'].max():.1e}.",
     ]
+
+
+def _mended(cells: pd.DataFrame) -> list[str]:
+    """What `isolate_mixers` makes of the cells that are not right without it; nothing if it was not tried."""
+    wide = cells.pivot(index=["model", "attention"], columns="situation", values="verdict")
+    if not {"FlatteningCollator", ISOLATED} <= set(wide):
+        return []
+    tried = wide[wide["FlatteningCollator"].isin(["leak", "shifted", "refused"])]
+    apart = tried[ISOLATED].isin(["exact", "rounding"]).sum()
+    where = "combinations of model and attention that leak, shift or refuse with that batch"
+    return [f"isolate_mixers keeps examples apart in {apart} of the {len(tried)} {where}."]
