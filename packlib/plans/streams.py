@@ -53,8 +53,8 @@ def stream(
         world_size: ranks that share the stream: rows come in groups of so many, of similar `cost` (see
             `Plan.balance`), for rank 0, 1, …, which take a row at a time; at the end rows are parted so that the last
             group is whole, too, where they have examples enough. Such a stream has one shard: every rank plans it all.
-            Work is even where a rank has rows enough in a buffer: of lognormal lengths the slowest of eight does
-            1.07 × the mean with 58 rows a rank, 1.02 × with 114.
+            Work is even where a rank has rows enough in a buffer: the slowest of eight does 1.06 × the mean with 57
+            rows a rank, 1.03 × with 114 (`benchmarks/bench_plans.py`: lognormal lengths, Σ n²).
 
     Ranks and loader workers part it as they part every IterableDataset: by the shards of `examples`, which then are
     streams of their own, or with `datasets.distributed.split_dataset_by_node` row by row. `state_dict` and
