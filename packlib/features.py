@@ -118,9 +118,6 @@ def _aligned(features: Sequence[Feature], name: str, lengths: np.ndarray) -> np.
     given = [feature.get(name) is not None for feature in features]
     if not all(given):
         raise ValueError(f"features[{given.index(False)}] has no {name} but others have; give {name} to all or to none")
-    for i, feature in enumerate(features):
-        if not hasattr(feature[name], "__len__"):
-            raise ValueError(f"features[{i}][{name!r}] = {feature[name]!r} is one value; expected one for each token")
     values, found = _column(features, name)
     _same_lengths(name, found, lengths)
     return values
@@ -130,7 +127,13 @@ def _column(features: Sequence[Feature], name: str) -> tuple[np.ndarray, np.ndar
     if missing := [i for i, feature in enumerate(features) if feature.get(name) is None]:
         raise ValueError(f"features[{missing[0]}] has no {name!r}; it has {sorted(features[missing[0]])}")
     columns = [feature[name] for feature in features]
-    lengths = np.fromiter(map(len, columns), dtype=np.int64, count=len(columns))
+    try:
+        lengths = np.fromiter(map(len, columns), dtype=np.int64, count=len(columns))
+    except TypeError:  # a class label, say; numpy's and torch's numbers have a __len__ that raises
+        i = next(i for i, column in enumerate(columns) if not np.ndim(column))
+        raise ValueError(
+            f"features[{i}][{name!r}] = {columns[i]!r} is one value; expected one for each token"
+        ) from None
     try:
         if all(isinstance(column, list) for column in columns):
             buffer = array("q")  # fills in C and refuses floats, which numpy would round

@@ -113,6 +113,7 @@ BAD = {
         r"features\[1\]\['input_ids'\] is not a flat sequence of integers",
     ),
     "float list": ({"input_ids": [1, 2.5]}, r"features\[1\]\['input_ids'\] is not a flat sequence of integers"),
+    "one id": ({"input_ids": torch.tensor(1)}, r"features\[1\]\['input_ids'\] = tensor\(1\) is one value"),
     "text": ({"input_ids": ["a", "b"]}, r"features\[1\]\['input_ids'\] is not a flat sequence of integers"),
     "segments too short": (
         {"input_ids": [1, 2], "seq_lengths": [1]},
@@ -142,6 +143,11 @@ def test_bad_input_names_the_example(collator, case):
 def test_bad_labels_name_the_example(collator):
     with pytest.raises(ValueError, match=r"features\[1\]\['labels'\] covers 2 tokens; expected 3"):
         collator([GOOD | {"labels": [1, 2, 3]}, GOOD | {"labels": [1, 2]}])
+    for number in (1, np.int64(1), torch.tensor(1)):  # a class label
+        with pytest.raises(ValueError, match=r"features\[1\]\['labels'\] = .*1\)? is one value; expected one for each"):
+            collator([GOOD | {"labels": [1, 2, 3]}, GOOD | {"labels": number}])
+        with pytest.raises(ValueError, match=r"features\[0\] has 'label', a class or span of the example"):
+            collator([GOOD | {"label": number}, GOOD])
     with pytest.raises(ValueError, match=r"features\[1\] has no labels but others have"):
         collator([GOOD | {"labels": [1, 2, 3]}, GOOD])
     with pytest.raises(ValueError, match="features is empty"):

@@ -26,6 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from packlib.attention.cu_seqlens import segment_lengths
 from packlib.attention.kernels import KERNELS, resolve_kernel, rows_attention, varlen_attention
+from packlib.attention.lines import ISOLATED, current_segments
 
 # Arguments of transformers' attention functions that change the result and that no kernel here has.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask", "alibi")
@@ -377,9 +378,31 @@ def _asking_first(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"{name} needs masks of its own, which {attn_implementation!r} would drop (transformers: no flash "
                 "attention for this model); use sdpa or eager attention"
             )
+        if _carries_state(self) and _refuse_mixers not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(_refuse_mixers, with_kwargs=True)
         if original.__name__ == "get_correct_attn_implementation":
             return attn_implementation  # transformers would take a name with "sdpa" in it for PyTorch's
         return original(self, attn_implementation, *args, **kwargs)
 
     ask._packlib_original = original  # type: ignore[attr-defined]
     return ask
+
+
+def _carries_state(model: PreTrainedModel) -> bool:
+    """Whether something other than attention carries tokens' values on, by what transformers says of the model."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return bool(model._is_stateful) or not {"linear_attention", "conv"}.isdisjoint(kinds)
+
+
+def _refuse_mixers(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward: raise if the batch is packed and the mixers of the model know no boundaries."""
+    if vars(model).get(ISOLATED) or model.config._attn_implementation not in _registered:
+        return
+    packed, positions = kwargs.get("cu_seq_lens_q") is not None, kwargs.get("position_ids")
+    if not packed and positions is not None and positions.ndim == 2 and kwargs.get("attention_mask") is None:
+        packed = bool((positions.diff() != 1).any())
+    if packed and current_segments() is None:
+        raise ValueError(
+            f"{type(model).__name__} carries values from token to token in layers other than attention, and the batch "
+            "is packed; call packlib.attention.isolate_mixers(model) first, with or without kernels that take seq_idx"
+        )
