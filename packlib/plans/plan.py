@@ -256,9 +256,12 @@ class Plan:
     ) -> PackedView:
         """The packed rows as a map-style data set that copies nothing: a row is gathered when it is asked for.
 
-        A `datasets.Dataset` with the rows of `apply`, as numpy arrays; it travels to loader workers, and memory does
-        not grow with the corpus where that is mapped from files. Rows come in the plan's order (see `balance`); Trainer
-        draws its own unless `train_sampling_strategy="sequential"`. SFTTrainer takes it with
+        A `datasets.Dataset` with the rows of `apply`, as numpy arrays; it travels to loader workers. Where a corpus is
+        mapped from files, memory is that of the plan, 12 bytes a segment, whatever the tokens. A row is O(its tokens).
+
+        Rows come in the plan's order; Trainer draws its own unless `train_sampling_strategy="sequential"`. Equal work
+        (`balance`) holds for ranks that take rows r, r + world_size, …, as accelerate and torch's DistributedSampler
+        deal them; `split_dataset_by_node` deals stretches. SFTTrainer takes a view with
         `dataset_kwargs={"skip_prepare_dataset": True}`.
 
         Args:

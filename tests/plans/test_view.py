@@ -6,17 +6,19 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import Trainer
 from trl import SFTTrainer
 
 from packlib.collators import FlatteningCollator
 from packlib.plans import best_fit_decreasing, fixed_length
+from packlib.plans.view import PackedView
 from tests.plans.training import losses
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, 300)
@@ -86,9 +88,49 @@ def test_a_view_is_a_data_set():
         view.select_columns("nothing")
     with pytest.raises(ValueError, match="format 'pandas' of a view"):
         view.with_format("pandas")
-    for rewrite in (view.map, view.filter, view.sort, view.save_to_disk):
+    view.set_format("torch", columns=["labels"])
+    assert list(view[0]) == ["labels", "seq_lengths"] == list(view[:2]) and view.column_names == table.column_names
+    view.reset_format()
+    assert list(view[0]) == table.column_names and isinstance(view[0]["labels"], np.ndarray)
+
+
+# Methods of a data set that a view has as they are: none of them reads or makes rows, but for those through `select`.
+AS_THEY_ARE = {"shard", "shuffle", "skip", "take", "train_test_split", "reset_format", "cleanup_cache_files"}
+
+
+def test_what_would_rewrite_or_export_rows_is_an_error():
+    view = best_fit_decreasing(LENGTHS, 97, overflow="error").view(examples(LENGTHS))
+    methods = {name for name in vars(Dataset) if not name.startswith("_") and callable(getattr(view, name))}
+    made = {name for name in methods if name.startswith(("from_", "load_", "add_faiss", "add_elastic", "save_faiss"))}
+    own = methods & {name for name, value in vars(PackedView).items() if value is not PackedView.map}
+    refused = methods - made - own - AS_THEY_ARE
+    assert {"filter", "sort", "to_parquet", "to_iterable_dataset", "iter", "unique"} <= refused
+    for name in sorted(refused):
         with pytest.raises(TypeError, match=r"Plan.apply makes a table"):
-            rewrite(lambda row: row)
+            getattr(view, name)()
+
+
+def test_masks_and_lists_that_are_null_are_read_where_they_lie():
+    """Bits and nulls, which numpy cannot share, in several chunks and behind a slice."""
+    masks = pa.chunked_array([[[True] * n for n in LENGTHS[:9]], [[n % 2 == 0] * n for n in LENGTHS[9:30]]])
+    notes = pa.array([None if n % 3 else [int(n)] for n in LENGTHS[:30]])
+    ids = pa.array([list(range(n)) for n in LENGTHS[:30]])
+    dataset = Dataset(pa.table({"input_ids": ids, "completion_mask": masks, "notes": notes}).slice(4))
+    plan = best_fit_decreasing(LENGTHS[4:30], 97, overflow="error")
+    assert [lists(row) for row in plan.view(dataset)] == list(plan.apply(dataset))
+
+
+def test_ranks_have_equal_work():
+    lengths = np.random.default_rng(2).lognormal(np.log(16) - 0.5, 1, 6000).clip(1, 128).astype(int)
+    tokens = [np.broadcast_to(np.int64(1), n) for n in lengths]
+    plan = best_fit_decreasing(lengths, 128, overflow="error")
+
+    def unevenness(view):
+        ranks = [DistributedSampler(view, num_replicas=8, rank=rank, shuffle=False) for rank in range(8)]
+        costs = np.array([[(view[row]["seq_lengths"] ** 2).sum() for row in sampler] for sampler in ranks])
+        return costs.max(axis=0).sum() / costs.mean(axis=0).sum()
+
+    assert unevenness(plan.balance(8).view(tokens)) <= 1.05 < 1.5 < unevenness(plan.view(tokens))
 
 
 @pytest.mark.parametrize("as_mappings", [False, True])
