@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 
 from packlib import plans
@@ -21,6 +22,7 @@ from packlib.lab.strategies import STRATEGIES, Strategy, get_strategy, plan_for
 from packlib.plans import Plan
 
 OTHER_PACKERS = (plans.first_fit_decreasing, plans.histogram)  # that no strategy uses, as good as best fit
+BROKEN = "#d55e00"  # what a broken example is crossed out in
 ROWS_OF_A_STEP = 8  # in the table of examples per step
 
 
@@ -127,17 +129,18 @@ def randomness(plan: Plan, lengths: np.ndarray, tokens: int) -> float:
 
 
 def fill_by_chunk(lengths: np.ndarray, max_tokens: int, chunks: Sequence[int], seed: int = 0) -> pd.DataFrame:
-    """Best fit when only `chunk` examples, in random order, are planned at once: `chunk, fill, rows`.
+    """Best fit when only `chunk` examples, in random order, are planned at once: `max_tokens, chunk, fill, rows, more`.
 
-    `datasets.map` does so with 1000 of them. The last row is all of them at once.
+    `datasets.map` does so with 1000 of them. The last row is all of them at once; `more`: rows above its, as a share.
     """
     order = np.random.default_rng(seed).permutation(lengths)
     rows = []
     for chunk in sorted({min(chunk, len(order)) for chunk in [*chunks, len(order)]}):
         parts = [order[begin : begin + chunk] for begin in range(0, len(order), chunk)]
         count = sum(len(plans.best_fit_decreasing(part, max_tokens, overflow="error")) for part in parts)
-        rows.append((chunk, lengths.sum() / (count * max_tokens), count))
-    return pd.DataFrame(rows, columns=["chunk", "fill", "rows"])
+        rows.append((max_tokens, chunk, lengths.sum() / (count * max_tokens), count))
+    table = pd.DataFrame(rows, columns=["max_tokens", "chunk", "fill", "rows"])
+    return table.assign(more=table["rows"] / table["rows"].iloc[-1] - 1)
 
 
 def fill_by_buffer(lengths: np.ndarray, max_tokens: int, buffers: Sequence[int], seed: int = 0) -> pd.DataFrame:
@@ -208,64 +211,81 @@ def _costs_by_step(plan: Plan, world_size: int) -> np.ndarray:
 def row_pictures(lengths: np.ndarray, chosen: Sequence[str], *, batch_size: int, max_tokens: int, seed: int) -> Picture:
     """The rows that some planners (labels of `planners`) make of the same few examples, a panel each, up to three wide.
 
-    Each segment is a block in the colour of its example, padding is hatched, the capacity dashed. Raises `ValueError`
-    for an unknown label.
+    Each block is an example, with its number where there is room, in a colour of its own; what is broken is crossed out
+    in vermilion, padding is grey, the capacity dashed. Raises `ValueError` for an unknown label.
     """
     made = {}
     for name in chosen:
         made[name] = plan_for(_planner(name), lengths, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
-    columns = min(3, len(made))
-    count = -(-len(made) // columns)
+    padded = {name: _planner(name).layout == "padded" for name in made}
+    lines = [len(plan.example) if padded[name] else len(plan) for name, plan in made.items()]
+    columns = min(3 if len(made) != 4 else 2, len(made))
+    heights = tuple(0.9 + min(0.2 * max(lines[i : i + columns]), 8.0) for i in range(0, len(made), columns))
     alt = "Rows of each planner as coloured blocks: "
     alt += ", ".join(f"{name} {len(plan)} rows" for name, plan in made.items())
-    figure, axes = figures.new(4.6 * columns, 2.6 * count, alt, columns, count)
+    width = 13.2 / max(columns, 2)
+    figure, axes = figures.new(width * columns, sum(heights), alt, columns, len(heights), height_ratios=heights)
     for ax in axes[len(made) :]:
         ax.set_visible(False)
-    for ax, (name, plan) in zip(axes, made.items()):
-        lines = _draw_rows(ax, plan, padded=_planner(name).layout == "padded")
+    for ax, count, (name, plan) in zip(axes, lines, made.items()):
+        _draw_rows(ax, plan, len(lengths), padded[name], numbers=max_tokens / width / 5 if count <= 40 else np.inf)
         ax.axvline(max_tokens, color="black", linestyle="--", linewidth=1.2)
-        ax.set_title(f"{name}: {len(plan)} rows", fontsize=11)
-        ax.set(xlim=(0, max_tokens * 1.02), ylim=(lines - 0.4, -0.6), yticks=[], xlabel="tokens")
+        broken = f", {_broken(plan).sum()} broken" if _broken(plan).any() else ""
+        ax.set_title(f"{name}: {len(plan)} {'batches' if padded[name] else 'rows'}{broken}", fontsize=11)
+        ax.set(xlim=(0, max_tokens * 1.02), ylim=(count - 0.4, -0.6), yticks=[], xlabel="tokens")
         ax.grid(False)
     return figure
 
 
-def _draw_rows(ax: Axes, plan: Plan, padded: bool) -> int:
-    """One line a row, or, padded, one line an example and a rule between mini-batches; returns the lines."""
-    y = 0
+def _broken(plan: Plan) -> np.ndarray:
+    """Which examples lie in more than one piece: bool, by example."""
+    return np.bincount(plan.example) > 1
+
+
+def _draw_rows(ax: Axes, plan: Plan, examples: int, padded: bool, numbers: float) -> None:
+    """One line a row, or, padded, one line an example and a rule between mini-batches. numbers: from this width on."""
+    colors = np.random.default_rng(0).permutation(sns.husl_palette(examples, s=0.7, l=0.75))  # neighbours differ
+    broken, y = _broken(plan), 0
     for row in plan:
         if padded and y:
             ax.axhline(y - 0.5, color="black", linewidth=0.8)
         longest = max(segment.stop - segment.start for segment in row)
         for line in [[segment] for segment in row] if padded else [row]:
             left = 0
-            for segment in line:
-                size, color = segment.stop - segment.start, COLORS[segment.example % len(COLORS)]
-                ax.barh(y, size, 0.86, left, color=color, edgecolor="white", linewidth=0.8)
-                left += size
+            for example, start, stop in line:
+                look = {"hatch": "xxx", "edgecolor": BROKEN} if broken[example] else {"edgecolor": "white"}
+                ax.barh(y, stop - start, 0.86, left, color=colors[example], linewidth=0.8, **look)
+                if stop - start >= numbers:
+                    box = {"facecolor": colors[example], "edgecolor": "none", "pad": 0.5} if broken[example] else None
+                    place = left + (stop - start) / 2
+                    ax.text(place, y, example, ha="center", va="center", fontsize=10, color="black", bbox=box)
+                left += stop - start
             if padded:
                 ax.barh(y, longest - left, 0.86, left, color="0.93", hatch="////", edgecolor="0.7", linewidth=0)
             y += 1
-    return y
 
 
 def fill_growth(table: pd.DataFrame, marked: int = 1000) -> Picture:
-    """Fill against how many examples are planned at once (`fill_by_chunk`), with `datasets.map`'s default marked."""
-    at = planned_at(table, marked)
-    told = f"Planned {at['chunk']:,.0f} at a time, rows are {at['fill']:.1%} full"
-    title = f"{told}; all at once, {table['fill'].iloc[-1]:.2%}"
-    figure, (ax,) = figures.new(8.5, 4.2, title)
-    ax.plot(table["chunk"], 100 * table["fill"], marker="o", markersize=7, color=COLORS[0])
-    ax.axvline(marked, color=COLORS[3], linestyle="--", linewidth=1.6)
-    text, low = f" datasets.map plans {marked:,} at a time", 100 * table["fill"].iloc[0]
-    ax.text(marked, low, text, color=COLORS[3], fontsize=10, va="bottom")
-    ax.set_xscale("log")
-    ax.set(title=title, xlabel="examples planned at once", ylabel="fill of the rows (%)")
+    """Fill against how many examples are planned at once (`fill_by_chunk`), with `datasets.map`'s default marked.
+
+    table: of one or several capacities, a line each.
+    """
+    worst = planned_at(table[table["max_tokens"] == table["max_tokens"].max()], marked)
+    title = f"Planned {worst['chunk']:,.0f} at a time, {worst['max_tokens']:,.0f} tokens a row: "
+    title += f"{worst['more']:.1%} more rows"
+    figure, (ax,) = figures.new(9.5, 4.4, f"{title} than all at once. Fill against examples planned at once")
+    for i, (capacity, rows) in enumerate(table.groupby("max_tokens")):
+        look = {"color": COLORS[i], "marker": figures.MARKERS[i], "markersize": 7}
+        ax.plot(rows["chunk"], 100 * rows["fill"], **look, label=f"rows of {capacity:,} tokens")
+    ax.axvline(marked, color="0.25", linestyle=":", linewidth=1.6, label=f"datasets.map: {marked:,} at a time")
+    ax.set(title=title, xscale="log", xlabel="examples planned at once", ylabel="fill of the rows (%)")
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.legend(loc="lower right")
     return figure
 
 
 def planned_at(growth: pd.DataFrame, chunk: int = 1000) -> pd.Series:
-    """The row of `fill_by_chunk` that is nearest to so many examples at a time."""
+    """The row of `fill_by_chunk` (of one capacity) that is nearest to so many examples at a time."""
     return growth.loc[(growth["chunk"] - chunk).abs().idxmin()]
 
 
@@ -350,10 +370,12 @@ def findings(
 ) -> list[str]:
     """Sentences of notebook 03, every number computed.
 
-    table: `planner_table`. growth: `fill_by_chunk`. waiting: `slowest_over_mean` as planned, then balanced.
+    table: `planner_table`. growth: `fill_by_chunk`, of one or several capacities. waiting:
+    `slowest_over_mean` as planned, then balanced.
     """
     by_planner = table.set_index("planner")
-    best, at_1000 = by_planner.loc["best_fit_decreasing"], planned_at(growth)
+    best = by_planner.loc["best_fit_decreasing"]
+    chunked = [planned_at(rows) for _, rows in growth.groupby("max_tokens")]
     slowest, balanced = waiting.values()
     return [
         f"Best fit packs {len(lengths):,} examples into {best.rows:,.0f} rows in {best.milliseconds:.0f} ms; "
@@ -361,8 +383,9 @@ def findings(
         f"Random next fit needs {by_planner.loc['next_fit (random)', 'rows']:,}.",
         f"Cutting every {max_tokens:,} tokens breaks {by_planner.loc['fixed_length', 'broken_examples']:,} "
         f"of {len(lengths):,} examples.",
-        f"Planned {at_1000['chunk']:,.0f} at a time, rows are {at_1000['fill']:.2%} full; "
-        f"all {growth['chunk'].iloc[-1]:,.0f} at once, {growth['fill'].iloc[-1]:.2%}.",
+        f"Planned {chunked[0]['chunk']:,.0f} at a time, "
+        + ", ".join(f"rows of {at['max_tokens']:,.0f} tokens are {at['fill']:.2%} full" for at in chunked)
+        + f"; that is up to {max(at['more'] for at in chunked):.1%} more steps than planned all at once.",
         f"On {ranks} ranks the slowest does {slowest:.2f} × the mean attention work of its step; "
         f"balanced, {balanced:.2f} ×.",
     ]
