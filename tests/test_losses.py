@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from packlib import losses
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.lab.small_models import small_model
-from packlib.losses import token_weights, weighted_loss
+from packlib.losses import linear_cross_entropy, token_weights, weighted_loss
 
 LENGTHS = (9, 2, 14, 5, 7, 3)
 
@@ -84,3 +85,27 @@ def test_weights():
     )  # the last example has no loss token
     with pytest.raises(ValueError, match="weighting = 'mean'; expected one of per_token, per_example"):
         token_weights(labels, weighting="mean")
+
+
+@pytest.mark.parametrize("chunk", [5, 64])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_loss_without_logits_is_the_loss_of_logits(chunk, weighted, biased, monkeypatch):
+    """In chunks (5 of 18 positions) or in one, with the gradients of hidden states, head and bias."""
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, bias = (torch.randn(*n, generator=generator, requires_grad=True) for n in ((2, 10, 6), (7, 6), (7,)))
+    labels = torch.randint(0, 7, (2, 10), generator=generator)
+    labels[0, 3:6] = -100
+    weights = torch.rand(2, 10, generator=generator) if weighted else (labels != -100).float()
+    leaves = (hidden, head, bias) if biased else (hidden, head)
+    logits = hidden @ head.T + (bias if biased else 0)
+    truth = weighted_loss(logits, labels, weights, 1.0)
+    found = linear_cross_entropy(
+        hidden, head, labels, bias=bias if biased else None, weights=weights if weighted else None
+    )
+    assert torch.allclose(found, truth, rtol=1e-5)
+    expected, gradients = (torch.autograd.grad(loss, leaves) for loss in (truth, found))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, expected))
+    shifted = linear_cross_entropy(hidden, head, labels.roll(1, 1))
+    assert not torch.allclose(shifted, truth, rtol=1e-3), "the negative control: labels of other positions"

@@ -1,15 +1,21 @@
 """The rig: what a `Rig` asks of a model and of a trainer. It changes how a step runs, not what it computes."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from packlib.attention import register_attention
 from packlib.collators import FlatteningCollator
-from packlib.lab import models, rig
+from packlib.lab import models, rig, worker
+from packlib.lab.corpora import load_corpus
 from packlib.lab.small_models import small_model
-from packlib.lab.spec import Rig
+from packlib.lab.spec import Rig, RunSpec
+from packlib.lab.strategies import get_strategy
 from packlib.losses import token_weights, weighted_loss
 
 
@@ -150,3 +156,158 @@ def test_adapters_leave_the_weights_untrained():
     model = get_peft_model(small(), rig.adapters(Rig(lora_rank=2)))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
+
+
+def test_float8_needs_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(ImportError, match="torchao"):
+        rig.prepare(small(), Rig(float8=True, compile="layers"))
+
+
+# Through SFTTrainer: whatever the rig, the same steps
+
+
+@pytest.fixture
+def graphs_only(monkeypatch):
+    """Layers are traced, joined with their backward and cut by the budget as ever; no code is generated for them."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compiled(self, backend="aot_eager", **o))
+    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+TRAINING = RunSpec(
+    corpus="arithmetic",
+    tokenizer="bpe:512",
+    strategy="minibatch_packing",
+    limit=24,
+    layers=2,
+    batch_size=3,
+    max_tokens=128,
+    gradient_accumulation=2,
+    steps=3,
+    warmup_steps=1,
+)
+BEST = {"compile": "layers", "recompute": 0.5, "fused_loss": True, "pad_to": 32}
+
+
+def trained(**options):
+    trace = worker.measure(replace(TRAINING, rig=Rig(**options)), lambda line: None)["trace"]
+    return np.array([trace["loss"], trace["grad_norm"]])
+
+
+@pytest.fixture(scope="module")
+def eager():
+    return trained()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"recompute": "all"},
+        {"fused_loss": True},
+        {"compile": "layers"},
+        {"compile": "layers", "recompute": "all"},
+        BEST,
+    ],
+    ids=str,
+)
+def test_every_rig_takes_the_steps_of_the_plain_trainer(options, eager, graphs_only):
+    assert np.allclose(trained(**options), eager, rtol=2e-5)
+
+
+def test_another_seed_takes_other_steps(eager):
+    """The negative control: the tolerance above is not wide enough for another order of the examples."""
+    other = worker.measure(replace(TRAINING, seed=1), lambda line: None)["trace"]
+    assert not np.allclose([other["loss"], other["grad_norm"]], eager, rtol=2e-5)
+
+
+def test_adapters_compose_with_the_rest_of_a_rig(eager, graphs_only):
+    plain = trained(lora_rank=2)
+    assert np.allclose(trained(lora_rank=2, **BEST), plain, rtol=2e-5)
+    assert not np.allclose(plain[1], eager[1], rtol=2e-5), "adapters have other gradients"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"compile": "layers"}, BEST], ids=str)
+def test_generated_code_takes_the_steps_of_the_plain_trainer(options, eager):
+    torch._dynamo.reset()
+    assert np.allclose(trained(**options), eager, rtol=2e-5)
+
+
+# Compiled layers
+
+
+def packed(lengths, room=8, to=32):
+    examples = [{"input_ids": [(7 * i + n) % 60 for i in range(n)]} for n in lengths]
+    options = {"pad_to_multiple_of": to, "pad_segments_to": room, "max_seqlen_multiple_of": to}
+    return FlatteningCollator(**options)(examples) | {"use_cache": False}
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "reference"])
+def test_other_boundaries_of_the_same_shape_are_not_compiled_again(kernel):
+    """No graph break (fullgraph), one graph for all layers and boundaries; another shape makes another one."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, plain = (
+        models.build_model(
+            "tiny-llama", layers=2, vocab_size=64, seed=3, attn_implementation=register_attention(kernel)
+        )
+        for _ in range(2)
+    )
+    for layer in rig.decoder_layers(model):
+        layer.compile(dynamic=False, fullgraph=True, backend=counter)
+    for lengths in ((9, 4, 14), (20, 3), (1, 1, 1, 25)):
+        inputs = packed(lengths)
+        loss, expected = model(**inputs).loss, plain(**inputs).loss
+        loss.backward()
+        expected.backward()
+        assert torch.allclose(loss, expected, rtol=1e-5)
+        truth = gradients(plain)
+        assert all(torch.allclose(value, truth[name], atol=1e-6) for name, value in gradients(model).items())
+    assert counter.frame_count == 1
+    model(**packed((40, 3)))
+    assert counter.frame_count == 2, "the negative control: 64 tokens instead of 32"
+    torch._dynamo.reset()
+
+
+def test_a_budget_keeps_less_for_backward(monkeypatch, graphs_only):
+    def kept(budget):
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
+        model, inputs, sizes = small(), packed((50, 60, 9), to=128), []
+        rig.prepare(model, Rig(compile="layers", recompute=budget), one_shape=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+            model(**inputs)
+        return sum(sizes)
+
+    assert kept(0.01) < kept(0.5) < kept("none")
+
+
+# Shapes
+
+
+def test_the_shapes_of_a_plan_are_known_before_it_is_trained():
+    spec = replace(TRAINING, rig=Rig(pad_to=32))
+    corpus, strategy = load_corpus(spec.corpus, **spec.corpus_options), get_strategy(spec.strategy)
+    dataset, _ = worker.planned(replace(spec, steps=None), strategy, corpus)
+    collator, shapes = worker.collation(spec, strategy, corpus, dataset)
+    seen = {rig.shape_of(collator([dataset[i]])) for i in range(len(dataset))}
+    assert {rig.shape_of(batch) for batch in shapes} == seen
+    bare, none = worker.collation(replace(spec, rig=Rig()), strategy, corpus, dataset)
+    assert none == [] and len({rig.shape_of(bare([dataset[i]])) for i in range(len(dataset))}) > len(seen)
+
+
+def test_pads_change_shapes_and_nothing_else():
+    model, examples = small(), [{"input_ids": [1, 2, 3, 4, 5]}, {"input_ids": [6, 7, 8]}]
+    bare = FlatteningCollator()(examples)
+    padded = FlatteningCollator(pad_to_multiple_of=16, pad_segments_to=6, max_seqlen_multiple_of=8)(examples)
+    assert padded["input_ids"].shape == (1, 16) and padded["cu_seq_lens_q"].tolist() == [0, 5, 8, 16, 16, 16, 16]
+    assert padded["max_length_q"] == 8 and bare["max_length_q"] == 5
+    assert torch.equal(padded["labels"][:, 8:], torch.full((1, 8), -100))
+    seen, alone = (model(**batch, use_cache=False) for batch in (padded, bare))
+    assert torch.allclose(seen.loss, alone.loss) and torch.allclose(seen.logits[:, :8], alone.logits, atol=1e-6)
+    with pytest.raises(ValueError, match="the batch has 2 segments; expected at most pad_segments_to = 1"):
+        FlatteningCollator(pad_segments_to=1)(examples)

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from packlib.lab import experiment, figures, tables
+from packlib.lab.corpora import content_sha256
 from packlib.lab.figures import Picture
 from packlib.lab.parameters import unknown_name
 from packlib.lab.spec import RunSpec
@@ -249,15 +250,26 @@ def _changed(spec: RunSpec, fields: Mapping[str, Any], keep: str | float) -> Run
 # What was measured
 
 
-def found(arms: Iterable[Arm], folder: Path) -> list[Record | None]:
-    """The record of each arm in a run folder, None where there is none."""
-    return [experiment.find(arm.spec, folder) for arm in arms]
+def measure(arms: Sequence[Arm], folder: Path, *, progress: experiment.Progress = print) -> list[Record | None]:
+    """The record of each arm, in order; those without one are run where their corpus is here, and else left at None.
+
+    So a published climb can be redrawn where neither its data nor its device is. Raises `FileNotFoundError` where
+    nothing can be run and nothing has a record, and as `experiment.run` does.
+    """
+    specs = [arm.spec for arm in arms]
+    here = [spec for spec in specs if content_sha256(spec.corpus, spec.tokenizer) is not None]
+    experiment.run(here, folder, progress=progress)
+    records = [experiment.find(spec, folder) for spec in specs]
+    if not any(records):
+        names = ", ".join(sorted({repr(spec.corpus) for spec in specs}))
+        raise FileNotFoundError(f"corpus {names} is not here, and no rung has a record on it")
+    return records
 
 
 def climb_table(arms: Sequence[Arm], records: Sequence[Record | None]) -> pd.DataFrame:
     """A row an arm, from the bottom up: the prediction, then what its record says.
 
-    arms: of any climbs and corpora (`arms`). records: of each arm, None where there is none (`found`).
+    arms: of any climbs and corpora (`arms`). records: of each arm, None where there is none (`measure`).
 
     Columns `climb, corpus, lora_rank, rung, beside, status, error`; `predicted` real tokens/s, from the finished rung
     below and the factors of all rungs since (NaN without one, and beside the climb); `tokens_per_s, low, high` (mean,
