@@ -102,7 +102,9 @@ class _Rows(_BaseExamplesIterable):
     def __iter__(self) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         state: dict[str, Any] = self._state_dict or self._init_state_dict()
         # 1. Begin where the state says: at a block, some of whose rows have been seen.
-        self._check(state["settings"])
+        if state["rows"]:  # that of a beginning is anyone's: a loader may take it before it tells a worker its number
+            self._check(state["settings"])
+        state["settings"] = asdict(self.block)
         exact, held = _exact(self.ex_iterable), [(number, feature) for number, feature in json.loads(state["held"])]
         examples, last = self._examples(state, exact), False
         while not last:

@@ -214,7 +214,10 @@ def _has_token_values(name: str, column: pa.ChunkedArray, lengths: np.ndarray, e
     found = pc.list_value_length(column).to_numpy() if hasattr(column.type, "value_type") else None
     if name in ("labels", "attention_mask", *LOSS_MASKS):
         if found is None:
-            raise ValueError(f"{name} is a column of {column.type}; expected lists, one value per token")
+            raise ValueError(
+                f"{name} is a column of {column.type}; expected lists, one value per token "
+                f"(example {examples[0]} has {column[0].as_py()!r})"
+            )
         i = int(np.argmax(found != lengths))
         if found[i] != lengths[i]:
             raise ValueError(f"{name} of example {examples[i]} covers {found[i]} tokens; expected {lengths[i]}")

@@ -172,6 +172,11 @@ def test_a_state_belongs_to_its_arguments():
     other.load_state_dict(packed.state_dict())
     with pytest.raises(ValueError, match="the state was saved with buffer = 50; this stream has 60"):
         next(iter(other))
+    # That of a beginning is anyone's: torchdata's loader takes a worker's before the worker knows its number.
+    unread = stream(examples(LENGTHS), 40, overflow="error", buffer=50, seed=1)
+    other.load_state_dict(unread.state_dict())
+    assert segments(other) == segments(unread)
+    assert other.state_dict()["examples_iterable"]["settings"]["buffer"] == 60
 
 
 # How full, in which order
