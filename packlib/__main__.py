@@ -1,4 +1,4 @@
-"""Every command line: `python -m packlib reproduce | advise | isolation | matrix | strategies | tables`.
+"""Every command line: `python -m packlib reproduce | presets | advise | isolation | matrix | strategies | tables`.
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
@@ -20,7 +20,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("packlib").setLevel(logging.INFO)
-    logging.getLogger("papermill").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         print(arguments.command(arguments))
@@ -49,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", metavar="NOTEBOOK", help="run these notebooks only, by name or number (06)")
     add("--minutes", type=float, help="start no new training run after this many minutes; call again to go on")
 
+    command(_presets, "list the presets of reproduce: what for, on what, how long")
+
     add = command(_advise, "say whether packing will pay on a data set").add_argument
     add("data", help="a built-in corpus, a JSON lines file (.jsonl, .jsonl.gz), or hub:org/name")
     add("--tokenizer", default="bpe", help="bpe, a Hugging Face name or a folder (default: bpe, trained on the data)")
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add("--records", default="cpu", help="run folder to calibrate on (default: cpu; ignored where it has no records)")
     add("--limit", type=int, help="look at a random subset of so many examples")
     add("--rig", nargs="?", const="", metavar="RUNG", help="name the rung of notebook 08 that gains most from RUNG on")
+    add("--out", metavar="FILE.png", type=Path, help="draw the predicted speed-ups, too")
     add("--json", action="store_true", help="print JSON")
 
     add = command(_isolation, "say whether packed examples see each other in a model").add_argument
@@ -71,9 +73,14 @@ def parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the whole report as JSON")
     add("--strict", action="store_true", help="fail on a leak")
 
+    add = command(_book, "make a static site of notebooks, runs and what is written about them").add_argument
+    add("runs", nargs="*", default=["h200", "cpu"], help="the first with a notebook gives its page (default: h200 cpu)")
+    add("--output", type=Path, default=Path("book"), help="folder, which is replaced (default: book)")
+
     add = command(_matrix, "check isolation of every model type, attention and situation").add_argument
     add("--models", nargs="+", help="model types of transformers (default: those of the published matrix)")
     add("--folder", type=Path, help="where record and figure go (default: papermill_runs/isolation)")
+    add("--sweep", action="store_true", help="instead: packlib_varlen against eager, every causal type of transformers")
 
     command(_strategies, "list the batching strategies")
 
@@ -83,12 +90,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _reproduce(arguments: argparse.Namespace) -> str:
-    from packlib.lab import reproduce
+    print(f"reproduce {arguments.preset}: reading the notebooks", file=sys.stderr, flush=True)
+    from packlib.lab import report, reproduce
 
     folder = reproduce.reproduce(
         arguments.preset, output=arguments.output, only=arguments.only, minutes=arguments.minutes
     )
-    return f"{reproduce.headline(folder)}\n\nexecuted notebooks: {folder}\nreport:             {folder / 'report.md'}"
+    return f"{report.headline(folder)}\n\nexecuted notebooks: {folder}\nreport:             {folder / 'report.md'}"
+
+
+def _presets(arguments: argparse.Namespace) -> str:
+    from packlib.lab import reproduce
+
+    return reproduce.listing()
 
 
 def _advise(arguments: argparse.Namespace) -> str:
@@ -139,9 +153,17 @@ def _isolation(arguments: argparse.Namespace) -> str:
     return text
 
 
-def _matrix(arguments: argparse.Namespace) -> str:
-    from packlib.lab.studies import isolation
+def _book(arguments: argparse.Namespace) -> str:
+    from packlib.lab import book
 
+    return f"the book: {book.build(arguments.runs, arguments.output)}"
+
+
+def _matrix(arguments: argparse.Namespace) -> str:
+    from packlib.lab.studies import isolation, sweep
+
+    if arguments.sweep:
+        return sweep.publish(arguments.models, arguments.folder)
     return isolation.publish(arguments.models or isolation.MODELS, arguments.folder)
 
 

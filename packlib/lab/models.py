@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from packlib.lab.parameters import check_pretrained
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
@@ -207,6 +209,7 @@ def model_config(name: str, *, vocab_size: int | None = None, layers: int | None
         changes = {"vocab_size": vocab_size, "num_hidden_layers": layers}
         changes = {key: value for key, value in changes.items() if value is not None}
         return AutoConfig.for_model(known.model_type, **{**known.config, **changes, "use_cache": False})
+    check_pretrained("model", name, MODELS)
     config = AutoConfig.from_pretrained(**_location(name), use_cache=False)
     if layers not in (None, config.num_hidden_layers) or (vocab_size or 0) > config.vocab_size:
         raise ValueError(

@@ -22,8 +22,10 @@ from IPython.display import HTML, Markdown, display
 
 from packlib.atomic import atomic_write
 from packlib.lab import figures, live, records
+from packlib.lab.doubts import Doubt
 from packlib.lab.figures import Picture
 from packlib.lab.parameters import check_parameters, unknown_name
+from packlib.lab.ranges import check_ranges
 
 INJECTED = "# Parameters"  # the first line of the cell that papermill puts in
 
@@ -45,11 +47,12 @@ def start(notebook: str, names: Mapping[str, Any]) -> Run:
     """Check and print the parameters, make the run's folder, set the theme of figures and tables.
 
     notebook: its name, as in `notebooks/<name>.ipynb`. names: its `globals()`, with the parameter `run`, a name under
-    papermill_runs/ or a path. Raises `ValueError` for a parameter that it does not have, naming the known ones, and
-    `TypeError` for a value of the wrong type.
+    papermill_runs/ or a path. Raises `ValueError` for a parameter that it does not have, naming the known ones, and for
+    a value out of its range, `TypeError` for a value of the wrong type.
     """
     live.say_when_a_cell_takes_long()
     checked = check(names)
+    check_ranges(checked, notebook)
     folder = records.run_folder(names["run"])
     figures.theme()
     pd.set_option("display.max_colwidth", None)
@@ -161,8 +164,18 @@ def explore(draw: Callable[..., tuple[Picture, str]], **choices: Any) -> None:
 def finish(findings: Sequence[str], run: Run) -> None:
     """What the last cell calls: show the findings, and write `summaries/<notebook>.json`, the proof of having ended.
 
-    findings: sentences whose numbers were computed.
+    findings: sentences whose numbers were computed. Those that take others back (`Doubt`) come first, in red.
     """
-    summary = {"title": run.title, "findings": list(findings), "figures": run.figures}
+    doubts = [finding for finding in findings if isinstance(finding, Doubt)]
+    found = [finding for finding in findings if not isinstance(finding, Doubt)]
+    summary = {"title": run.title, "doubts": doubts, "findings": found, "figures": run.figures}
     records.write_json(run.folder / "summaries" / f"{run.notebook}.json", summary, overwrite=True)
-    display(Markdown("\n".join(f"- {finding}" for finding in findings)))
+    if doubts:
+        display(HTML(alarm(doubts)))
+    display(Markdown("\n".join(f"- {finding}" for finding in found)))
+
+
+def alarm(doubts: Sequence[str]) -> str:
+    """Doubts as a red box, and with a red mark where a page drops colours, as HTML."""
+    lines = "<br>".join(f"\U0001f534 {html.escape(doubt)}" for doubt in doubts)
+    return f'<div class="alert alert-block alert-danger" style="color: #b00020"><b>{lines}</b></div>'

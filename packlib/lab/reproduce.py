@@ -1,6 +1,7 @@
 """Presets -> papermill -> executed notebooks, records, figures and a report.
 
-A preset is `papermill_runs/presets/<name>.yaml`: `description`, and `notebooks`, mapping a notebook to its parameters.
+A preset is `papermill_runs/presets/<name>.yaml`: `description` (what it is for), `hardware`, `minutes` (about how many it
+takes there), and `notebooks`, mapping a notebook to its parameters.
 Each notebook's last cell writes `summaries/<notebook>.json`; a notebook counts as done only when papermill succeeded
 and that file is new. A call resumes where the one before stopped: what has a record is not run again.
 """
@@ -8,25 +9,37 @@ and that file is new. A call resumes where the one before stopped: what has a re
 from __future__ import annotations
 
 import ast
+import io
 import logging
 import os
 import re
+import signal
+import textwrap
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import nbformat
 import papermill
 import yaml
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 
 from packlib.atomic import atomic_write
-from packlib.lab import experiment, records, tables
+from packlib.lab import experiment, records
+from packlib.lab.freshness import Freshness
+from packlib.lab.notebook import alarm
 from packlib.lab.parameters import check_parameters, unknown_name
+from packlib.lab.progress import Progress, heard
+from packlib.lab.ranges import check_ranges
+from packlib.lab.report import write_report
 
-logger = logging.getLogger(__name__)
+WIDTH = 100  # columns of a listing
+TICK = 0.5  # seconds between two looks at how far a notebook is
+PATIENCE = 5  # seconds for a notebook to end after Ctrl-C
 
 
 class NotebookFailed(RuntimeError):
@@ -38,11 +51,23 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted((records.runs_folder() / "presets").glob("*.yaml"))}
 
 
+def listing() -> str:
+    """The presets: what for, on what, how long, and which notebooks."""
+    told = []
+    for name, path in presets().items():
+        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+        numbers = " ".join(notebook[:2] for notebook in preset["notebooks"])
+        facts = f"{preset['hardware']}; about {preset['minutes']:g} minutes; notebooks {numbers}"
+        text = textwrap.wrap(preset["description"].strip(), WIDTH - 10)
+        told.append("\n".join([f"{name:10}{facts}", *(f"{'':10}{line}" for line in text)]))
+    return "\n\n".join(told)
+
+
 def load_preset(name: str) -> dict[str, Any]:
     """A preset's contents.
 
-    Raises `ValueError` for an unknown preset, notebook or parameter, listing the known ones, and `TypeError` for a
-    parameter of another type than its default in the notebook.
+    Raises `ValueError` for an unknown preset, notebook or parameter, listing the known ones, and for a value out of its
+    range; `TypeError` for a parameter of another type than its default in the notebook.
     """
     if name not in presets():
         raise unknown_name("preset", name, presets())
@@ -56,9 +81,9 @@ def load_preset(name: str) -> dict[str, Any]:
             if parameter not in declared:
                 raise unknown_name(f"parameter of {notebook}", parameter, declared)
         try:
-            check_parameters(declared | (parameters or {}), declared)
-        except TypeError as error:
-            raise TypeError(f"preset {name}, {notebook}: {error}") from None
+            check_ranges(check_parameters(declared | (parameters or {}), declared), notebook)
+        except (TypeError, ValueError, OSError) as error:
+            raise type(error)(f"preset {name}, {notebook}: {error}") from None
     return preset
 
 
@@ -80,25 +105,21 @@ def declared_parameters(notebook: Path) -> dict[str, Any]:
     return {name: ast.literal_eval(parameter["default"]) for name, parameter in found.items()}
 
 
-def execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
+def execute(notebook: Path, folder: Path, parameters: dict[str, Any], progress: Progress | None = None) -> Path:
     """Run one notebook into `folder` through papermill; returns the executed one.
 
-    Raises `NotebookFailed` when a cell failed or the last one did not run, `OutOfTime` when arms are left for the next
-    call.
+    What its cells print goes to `logs/<notebook>.log`, and how far it is to `progress`. Raises `NotebookFailed` when a
+    cell failed or the last one did not run, `OutOfTime` when arms are left for the next call. On Ctrl-C its kernel, and
+    what that has started, end first.
     """
     output, summary = folder / notebook.name, folder / "summaries" / f"{notebook.stem}.json"
     before = summary.stat().st_mtime_ns if summary.exists() else None
     unfinished = output.with_suffix(".running.ipynb")
+    log = folder / "logs" / f"{notebook.stem}.log"
+    progress = progress or Progress(1, io.StringIO())
     try:
-        papermill.execute_notebook(
-            notebook,
-            unfinished,
-            parameters | {"run": str(folder)},
-            kernel_name="python3",
-            cwd=notebook.parent,
-            progress_bar=False,
-            log_output=True,
-        )
+        with heard(log, progress.hear), log.open("a", encoding="utf-8") as stderr:
+            _papermill(notebook, unfinished, parameters | {"run": str(folder)}, progress.tick, stderr)
     except papermill.PapermillExecutionError as error:
         if error.ename == experiment.OutOfTime.__name__:
             unfinished.unlink()
@@ -107,17 +128,86 @@ def execute(notebook: Path, folder: Path, parameters: dict[str, Any]) -> Path:
         raise NotebookFailed(f"{where}: {error.ename}: {error.evalue}; see {unfinished}") from None
     except DeadKernelError as error:
         raise NotebookFailed(f"{notebook.name}: {error}, killed or out of memory; see {unfinished}") from None
+    except KeyboardInterrupt:
+        unfinished.unlink(missing_ok=True)
+        raise
     if not summary.exists() or summary.stat().st_mtime_ns == before:
         raise NotebookFailed(f"{notebook.name} ended without writing {summary.name}; see {unfinished}")
-    _publishable(unfinished, folder)
+    _publishable(unfinished, folder, records.read_json(summary).get("doubts", []))
     unfinished.replace(output)
     return output
 
 
-def _publishable(path: Path, folder: Path) -> None:
+def _papermill(
+    source: Path, output: Path, parameters: dict[str, Any], tick: Callable[[], None], stderr: TextIO
+) -> None:
+    """papermill in a thread: in the main one nbclient answers Ctrl-C, with a traceback for everything that waits.
+
+    tick: called a few times a second. stderr: of the kernel's process, not of its cells. On Ctrl-C the kernel is interrupted, as by hand, so that its arm ends before it.
+    """
+    kernels: list[AsyncKernelManager] = []
+    ended: list[BaseException | None] = []
+
+    class Manager(AsyncKernelManager):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            kernels.append(self)
+
+        async def start_kernel(self, **options: Any) -> None:
+            await super().start_kernel(**options, stderr=stderr)
+
+    def run() -> None:
+        try:
+            papermill.execute_notebook(
+                source,
+                output,
+                parameters,
+                kernel_name="python3",
+                cwd=source.parent,
+                progress_bar=False,
+                log_output=True,
+                kernel_manager_class=Manager,
+            )
+            ended.append(None)
+        except BaseException as error:  # raised where it is waited for
+            ended.append(error)
+
+    thread = threading.Thread(target=run, name=source.stem, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(TICK)
+            tick()
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # nobody asks what became of its tasks
+        for kernel in kernels:
+            _end(kernel, thread)
+        raise
+    if ended[0] is not None:
+        raise ended[0]
+
+
+def _end(kernel: AsyncKernelManager, thread: threading.Thread) -> None:
+    """Interrupt a kernel until its notebook has ended, for PATIENCE seconds; then kill what is left of its processes."""
+    process = kernel.provisioner
+    group = getattr(process, "pgid", None)
+    for _ in range(PATIENCE):
+        with suppress(ProcessLookupError, TypeError):  # it has ended, or not begun
+            os.kill(process.pid, signal.SIGINT)
+        thread.join(1)
+        if not thread.is_alive():
+            break
+    if group and group != os.getpgrp():
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    thread.join(PATIENCE)
+
+
+def _publishable(path: Path, folder: Path, doubts: Sequence[str] = ()) -> None:
     """Make an executed notebook render on GitHub, and for everybody.
 
-    Machine paths, papermill's bookkeeping and widget state are taken out; links lead back to `notebooks/`.
+    Machine paths, papermill's bookkeeping and widget state are taken out; links lead back to `notebooks/`. What its
+    last cell doubts is said below its title, too.
     """
     text, root = path.read_text(encoding="utf-8"), records.project_root()
     for here, name in ((folder, folder.name), (root, "."), (Path.home(), "~")):
@@ -133,34 +223,52 @@ def _publishable(path: Path, folder: Path) -> None:
             cell.source = re.sub(r"\]\((?!\w+:|#|\.\./)", f"]({up}/", cell.source)
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+    if doubts:
+        notebook.cells.insert(1, nbformat.v4.new_markdown_cell(alarm(doubts), id="doubts"))
     nbformat.write(notebook, path)
 
 
 def reproduce(
-    preset: str, *, output: str | None = None, only: list[str] | None = None, minutes: float | None = None
+    preset: str,
+    *,
+    output: str | None = None,
+    only: list[str] | None = None,
+    minutes: float | None = None,
+    stream: TextIO | None = None,
 ) -> Path:
     """Execute a preset's notebooks in order and write the report; returns the run's folder.
 
     output: name or path of the run folder (the preset's name by default). only: notebooks to run, by name or number.
-    minutes: start no new arm after that time; the next call goes on.
+    minutes: start no new arm after that time; the next call goes on. stream: for progress (standard error). A notebook
+    that would come out as it is (`freshness`) is left as it is, unless `only` asks for it.
     """
-    chosen = load_preset(preset)["notebooks"]
-    if only:
-        chosen = _chosen(chosen, only)
+    loaded = load_preset(preset)
+    order = loaded["notebooks"]
+    chosen = _chosen(order, only) if only else order
     folder = records.run_folder(output or preset)
-    sources = {path.stem: path for path in notebooks()}
-    started = time.monotonic()
+    sources, fresh = {path.stem: path for path in notebooks()}, Freshness(folder, order)
+    started, progress = time.monotonic(), Progress(len(chosen), stream)
+    takes = f" about {loaded['minutes']:g} minutes on {loaded['hardware']};" if "minutes" in loaded else ""
+    progress.say(f"{preset}: {len(chosen)} notebooks;{takes} what cells print is in {folder / 'logs'}")
     with _until(minutes):
         try:
-            for i, (name, parameters) in enumerate(chosen.items()):
-                begun, count = time.monotonic(), f"notebook {i + 1}/{len(chosen)}: {name}"
-                logger.info("%s", count)
-                execute(sources[name], folder, parameters or {})
-                logger.info("%s done in %.0f s", count, time.monotonic() - begun)
+            for name, given in chosen.items():
+                parameters = declared_parameters(sources[name]) | (given or {})
+                if not only and fresh.is_fresh(sources[name], parameters):
+                    progress.skip(name)
+                    continue
+                progress.begin(name)
+                before, begun, ended = fresh.measured(), time.monotonic(), False
+                try:
+                    execute(sources[name], folder, given or {}, progress)
+                    ended = True
+                finally:
+                    fresh.keep(sources[name], parameters, before, ended=ended)
+                progress.done(f"{time.monotonic() - begun:.0f} s")
         except experiment.OutOfTime as left:
-            logger.info("%s; call again to go on", left)
+            progress.say(f"{left}; call again to go on")
     report, seconds = write_report(folder), time.monotonic() - started
-    logger.info("%s in %.0f s: executed notebooks in %s, report in %s", preset, seconds, folder, report)
+    progress.say(f"{preset} in {seconds:.0f} s: executed notebooks in {folder}, report in {report}")
     return folder
 
 
@@ -185,37 +293,3 @@ def _until(minutes: float | None) -> Iterator[None]:
     finally:
         if minutes is not None:
             del os.environ[experiment.UNTIL]
-
-
-def write_report(folder: Path) -> Path:
-    """`report.md` of a run folder: the table, each notebook's findings and figures, where the numbers were measured."""
-    lines = [f"# Padding versus packing: run `{folder.name}`", ""]
-    found = records.read_records(folder)
-    if found:
-        environments = [record["environment"] for record in found]
-        places = {f"{e['device']}, torch {e['torch']}, transformers {e['transformers']}" for e in environments}
-        lines += [f"{len(found)} measured runs on: {'; '.join(sorted(places))}.", ""]
-        lines += [*filter(None, [headline(folder)]), ""]
-    for path in sorted((folder / "summaries").glob("*.json")):
-        summary = records.read_json(path)
-        lines += [f"## [{summary['title']}]({path.stem}.ipynb)", ""]
-        lines += [*(f"- {finding}" for finding in summary["findings"]), ""]
-        for name, alt in summary.get("figures", {}).items():
-            if (folder / "figures" / f"{name}.png").exists():
-                lines.append(f"![{alt}](figures/{name}.png)\n")
-    report = folder / "report.md"
-    with atomic_write(report) as file:
-        file.write("\n".join(lines).rstrip() + "\n")
-    return report
-
-
-def headline(folder: Path) -> str:
-    """The table of measured arms as Markdown: what the terminal and the report show.
-
-    Runs that shared their device have no times, and are left out. Empty where no training run has a record.
-    """
-    frame = records.load_records(folder)
-    if "strategy" not in frame:  # no record, or notebook 05's of attention alone
-        return ""
-    timed = tables.alone(frame[frame["strategy"].notna()])
-    return tables.markdown(tables.display_table(tables.against(tables.one_setting(timed)))) if len(timed) else ""

@@ -12,6 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from packlib.lab.parameters import check_pretrained
+
 # Sizes, and the names that configs have for them; a config gets those that it has. Whatever changes with the length
 # (windows, blocks, tokens that an indexer selects) changes at 8 tokens, so that a few short examples show it.
 _NAMES: MappingProxyType[int, str] = MappingProxyType(
@@ -193,13 +195,9 @@ def _encoder(config: PretrainedConfig) -> bool:
 def load_model(name: str, attn_implementation: str | None, dtype: torch.dtype) -> PreTrainedModel:
     """A causal language model by local path, `model_type` (built small) or Hub name, in eval mode.
 
-    Raises `OSError` where it is none of these.
+    Raises `OSError` or `ValueError` where it is none of these.
     """
     if not Path(name).exists() and name in CONFIG_MAPPING_NAMES:
         return small_model(name, attn_implementation, dtype)
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, attn_implementation=attn_implementation, dtype=dtype).eval()
-    except OSError as error:
-        raise OSError(
-            f"{name!r} is no folder here, no model_type of transformers, and the Hub did not give it: {error}"
-        ) from None
+    check_pretrained("model", name, CONFIG_MAPPING_NAMES)
+    return AutoModelForCausalLM.from_pretrained(name, attn_implementation=attn_implementation, dtype=dtype).eval()

@@ -4,11 +4,11 @@ The corpus's own BPE needs no network, and its 4096 entries keep a tiny model's 
 (seconds) and cached by the hash of its text; the cache is written atomically, so that processes may share it.
 """
 
-import functools
 import hashlib
 import importlib.util
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from packlib.atomic import atomic_write
 from packlib.lab.chats import write_chat
+from packlib.lab.parameters import check_pretrained
 from packlib.lab.sources import Chat, Piece
 
 BPE_VOCAB = 4096
@@ -70,6 +71,7 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     elif name.endswith(".gguf"):
         tokenizer = AutoTokenizer.from_pretrained(str(Path(name).parent), gguf_file=Path(name).name)
     else:
+        check_pretrained("tokenizer", name, ("bpe", "bpe:SIZE", "mistral"))
         tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer {name!r} has no EOS token; set tokenizer.eos_token and save it to a folder")
@@ -81,25 +83,28 @@ def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def tokenize(examples: Sequence[Sequence[Piece]], tokenizer: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Examples of pieces `(text, trained)` -> ids int32 and trained bool `[tokens]`, lengths int64 `[examples]`.
 
-    The ids are those of the whole text where its tokens part as the pieces do. Where one would span two pieces, they
-    are tokenized apart, as a response is at inference, without the space that some tokenizers put before a text. What
-    the tokenizer puts around a text goes around each example that does not have it, and EOS behind it (trained).
-    Raises ValueError where pieces cannot be tokenized apart: by a tokenizer that is not a fast one.
+    Pieces are tokenized apart, as a prompt and what follows it are at inference, and only the first with the space that
+    some tokenizers put before a text. What the tokenizer puts around a text goes around each example that does not have
+    it, and EOS behind it (trained).
+    Raises ValueError for several pieces and a tokenizer that cannot leave out that space.
 
     >>> ids, trained, lengths = tokenize([[("ab", False), ("c", True)]], train_bpe(["abc"], 258))
     >>> len(ids), trained.tolist(), lengths.tolist()
     (4, [False, False, True, True], [4])
     """
-    before, behind = _put_around(_joined(examples[0])[:100], tokenizer)
-    alone = functools.cache(lambda: _without_prefix(tokenizer))
+    before, behind = _put_around("".join(text for text, _ in examples[0])[:100], tokenizer)
+    continued = _without_prefix(tokenizer) if any(len(pieces) > 1 for pieces in examples) else None
     rows = []
     for begin in range(0, len(examples), CHUNK):
         chunk = examples[begin : begin + CHUNK]
-        for pieces, parts in zip(chunk, _parts(chunk, tokenizer, alone)):
-            ids = np.concatenate(parts)
+        firsts = tokenizer([pieces[0][0] for pieces in chunk], add_special_tokens=False)["input_ids"]
+        others = iter(continued([text for pieces in chunk for text, _ in pieces[1:]]) if continued else ())
+        for pieces, first in zip(chunk, firsts):
+            parts = [first, *(next(others) for _ in pieces[1:])]
+            ids = np.concatenate([np.array(part, np.int32) for part in parts])
             head = before[: 0 if np.array_equal(ids[: len(before)], before) else None]
             tail = behind[: 0 if np.array_equal(ids[len(ids) - len(behind) :], behind) else None]
-            if (*ids, *tail)[-1:] != (tokenizer.eos_token_id,):
+            if not np.array_equal(np.concatenate([ids, tail])[-1:], [tokenizer.eos_token_id]):
                 tail = np.append(tail, tokenizer.eos_token_id)
             kinds = [False, *(trained for _, trained in pieces), True]
             mask = np.repeat(kinds, [len(head), *map(len, parts), len(tail)])
@@ -194,27 +199,6 @@ def _encode(texts: list[str], tokenizer: Any, *, offsets: bool) -> Iterator[_Enc
         yield _Encoded(text, np.array(found["input_ids"][i], np.int32), known, tokenizer)
 
 
-def _joined(pieces: Sequence[Piece]) -> str:
-    return "".join(text for text, _ in pieces)
-
-
-def _parts(
-    examples: Sequence[Sequence[Piece]], tokenizer: Any, alone: Callable[[], Tokenizer]
-) -> Iterator[list[np.ndarray]]:
-    """The ids of each example's pieces."""
-    several = any(len(pieces) > 1 for pieces in examples)
-    for pieces, encoded in zip(examples, _encode([_joined(p) for p in examples], tokenizer, offsets=several)):
-        ends = np.cumsum([len(text) for text, _ in pieces[:-1]]).tolist()
-        cuts = [cut for end in ends if (cut := encoded.cut(end)) is not None]
-        if len(cuts) == len(ends):
-            yield np.split(encoded.ids, cuts)
-            continue
-        first, *others = (text for text, _ in pieces)
-        ids = [tokenizer(first, add_special_tokens=False)["input_ids"]]
-        ids += [found.ids for found in alone().encode_batch_fast(others, add_special_tokens=False)]
-        yield [np.array(part, np.int32) for part in ids]
-
-
 def _put_around(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Ids that the tokenizer puts before and behind a text: BOS, two prefix tokens, EOS, or none."""
     bare, dressed = (tokenizer(f"{text}a", add_special_tokens=add)["input_ids"] for add in (False, True))
@@ -224,15 +208,19 @@ def _put_around(text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError(f"tokenizer {tokenizer.name_or_path!r} changes a text where it puts special tokens around it")
 
 
-def _without_prefix(tokenizer: Any) -> Tokenizer:
-    """The tokenizer for a text that goes on: it puts no space before it."""
+def _without_prefix(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
+    """Texts -> their ids as those of texts that go on: without a space before them."""
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"tokenizer {tokenizer.name_or_path!r} joins the end of a prompt and its response into one token; expected a "
-            "fast tokenizer, which can part them"
-        )
+        whole, first, second = tokenizer(["a\na", "a\n", "a"], add_special_tokens=False)["input_ids"]
+        if whole != first + second:
+            raise ValueError(
+                f"tokenizer {tokenizer.name_or_path!r} begins every text otherwise than it goes on, so a response "
+                "cannot be tokenized apart from its prompt; expected a fast tokenizer"
+            )
+        return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    return Tokenizer.from_str(json.dumps(state | {key: _bare(state[key]) for key in ("normalizer", "pre_tokenizer")}))
+    bare = Tokenizer.from_str(json.dumps(state | {key: _bare(state[key]) for key in ("normalizer", "pre_tokenizer")}))
+    return lambda texts: [found.ids for found in bare.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _bare(step: Any) -> Any:
@@ -252,20 +240,63 @@ def _bare(step: Any) -> Any:
 
 
 def _mistral() -> PreTrainedTokenizerFast:
-    """Mistral-7B-v0.1's: the SentencePiece model that mistral-common ships, as a fast tokenizer of equal ids."""
+    """Mistral-7B-v0.1's: the SentencePiece model that mistral-common ships."""
     package = importlib.util.find_spec("mistral_common")
-    if package is None or package.origin is None or importlib.util.find_spec("sentencepiece") is None:
-        raise ImportError('tokenizer "mistral" needs: pip install "mistral-common[sentencepiece]"')
-    from sentencepiece import SentencePieceProcessor
+    if package is None or package.origin is None:
+        raise ImportError('tokenizer "mistral" needs: pip install --no-deps mistral-common')
+    return from_sentencepiece((Path(package.origin).parent / "data" / "tokenizer.model.v1").read_bytes())
 
-    model = SentencePieceProcessor(model_file=str(Path(package.origin).parent / "data" / "tokenizer.model.v1"))
-    ids = {model.id_to_piece(i): i for i in range(len(model))}
-    words = [piece for piece, i in ids.items() if not (model.is_byte(i) or model.is_control(i))]
-    words.sort(key=lambda piece: -model.get_score(ids[piece]))  # stable: equal scores stay in order of their ids
-    merges = [(p[:k], p[k:]) for p in words for k in range(1, len(p)) if p[:k] in ids and p[k:] in ids]
+
+def from_sentencepiece(model: bytes) -> PreTrainedTokenizerFast:
+    """A SentencePiece model of kind BPE with byte fallback (Llama 2's, Mistral's) as a fast tokenizer of equal ids.
+
+    model: the file's content, a protobuf message whose field 1 is repeated: a piece, its score and its type.
+    Raises ValueError where it has no pieces.
+    """
+    pieces = [dict(_fields(value)) for number, value in _fields(model) if number == 1]
+    names = [piece[1].decode() for piece in pieces]
+    if not names:
+        raise ValueError("no SentencePiece model: it has no pieces")
+    ids = {name: i for i, name in enumerate(names)}
+    scores = [struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces]
+    words = [i for i, piece in enumerate(pieces) if piece.get(3, NORMAL) not in (CONTROL, BYTE)]
+    words.sort(key=lambda i: -scores[i])  # stable: equal scores stay in order of their ids
+    merges = [
+        (name[:k], name[k:])
+        for name in (names[i] for i in words)
+        for k in range(1, len(name))
+        if name[:k] in ids and name[k:] in ids
+    ]
     bpe = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     bpe.decoder = decoders.Sequence(steps)
-    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ids["<s>"])])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+NORMAL, CONTROL, BYTE = 1, 3, 6  # types of SentencePiece's pieces
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field of a protobuf message: int, or bytes."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        if key & 7 == 0:
+            value, at = _varint(message, at)
+            yield key >> 3, value
+            continue
+        size, at = _varint(message, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
+        yield key >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, lowest first, and where it ends."""
+    value = shift = 0
+    while True:
+        value |= (message[at] & 0x7F) << shift
+        shift, at = shift + 7, at + 1
+        if message[at - 1] < 0x80:
+            return value, at

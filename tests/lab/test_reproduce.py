@@ -1,16 +1,19 @@
 """Presets run through papermill in a project of their own: small notebooks that end well, end early, or die."""
 
-import json
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 import yaml
 
-from packlib.lab import experiment, records, reproduce
-from tests.lab.test_tables import lost, row
+from packlib.lab import experiment, freshness, records, report, reproduce
+from packlib.lab.freshness import Freshness
 
 PARAMETERS = 'run = "x"  # folder\nseed = 1\nrate: float = 0.5'
 ENDS = """
@@ -43,8 +46,8 @@ def write_notebook(project: Path, name: str, *sources: str, tags: int = 1) -> Pa
     return path
 
 
-def write_preset(project: Path, notebooks: dict) -> None:
-    text = yaml.safe_dump({"description": "made up", "notebooks": notebooks})
+def write_preset(project: Path, notebooks: dict, **facts: object) -> None:
+    text = yaml.safe_dump({"description": "made up", "notebooks": notebooks} | facts)
     (project / "papermill_runs" / "presets" / "mini.yaml").write_text(text, encoding="utf-8")
 
 
@@ -65,12 +68,15 @@ def test_a_preset_runs_its_notebooks_and_reports(project, monkeypatch):
     first = records.read_json(folder / "summaries" / "01_first.json")
     assert first["findings"][0] == "seed 5" and float(first["findings"][1]) == pytest.approx(time.time() + 120, abs=60)
     assert experiment.UNTIL not in os.environ, "the next call has all the time it wants"
-    assert written(folder) == ["01_first.ipynb", "figures/kept.png", "report.md", "summaries/01_first.json"]
+    logs = ["logs/01_first.log", "logs/fingerprints.json"]
+    assert written(folder) == ["01_first.ipynb", "figures/kept.png", *logs, "report.md", "summaries/01_first.json"]
+    assert "\nmini " in (folder / "logs" / "01_first.log").read_text(encoding="utf-8").replace(str(folder), "mini")
 
     reproduce.reproduce("mini", only=["02_second"])
     assert records.read_json(folder / "summaries" / "02_second.json")["findings"] == ["seed 1", "no limit"]
     parts = [
         "# Padding versus packing: run `mini`",
+        f"**Question.** {report.QUESTION}",
         f"## [Title](01_first.ipynb)\n\n- seed 5\n- {first['findings'][1]}",
         "![alt text](figures/kept.png)",
         "## [Title](02_second.ipynb)\n\n- seed 1\n- no limit",
@@ -106,7 +112,7 @@ def test_a_notebook_that_did_not_reach_its_end_has_failed(project, tmp_path, cel
     records.write_json(folder / "summaries" / "01_x.json", {"title": "of an earlier run"})
     with pytest.raises(reproduce.NotebookFailed, match=message):
         reproduce.execute(write_notebook(project, "01_x", *cells), folder, {})
-    assert written(folder) == ["01_x.running.ipynb", "summaries/01_x.json"], (
+    assert written(folder) == ["01_x.running.ipynb", "logs/01_x.log", "summaries/01_x.json"], (
         "what did not finish does not look finished"
     )
     assert "injected-parameters" in (folder / "01_x.running.ipynb").read_text(encoding="utf-8"), (
@@ -114,16 +120,16 @@ def test_a_notebook_that_did_not_reach_its_end_has_failed(project, tmp_path, cel
     )
 
 
-def test_a_piece_ends_well_where_arms_are_left(project, caplog):
+def test_a_piece_ends_well_where_arms_are_left(project, capsys):
     """What has a record is kept, the notebook is not taken for done, and what would follow waits for the next call."""
     left = "from packlib.lab.experiment import OutOfTime\nraise OutOfTime('2 of 3 arms are left for the next call')"
     write_notebook(project, "01_first", left, ENDS)
     write_notebook(project, "02_second", ENDS)
     write_preset(project, {"01_first": None, "02_second": None})
-    with caplog.at_level("INFO", logger="packlib"):
-        folder = reproduce.reproduce("mini", minutes=1)
-    assert "01_first.ipynb: 2 of 3 arms are left for the next call; call again to go on" in caplog.text
-    assert written(folder) == ["report.md"] and experiment.UNTIL not in os.environ
+    folder = reproduce.reproduce("mini", minutes=1)
+    assert "01_first.ipynb: 2 of 3 arms are left for the next call; call again to go on" in capsys.readouterr().err
+    logs = ["logs/01_first.log", "logs/fingerprints.json"]
+    assert written(folder) == [*logs, "report.md"] and experiment.UNTIL not in os.environ
 
 
 def test_names_are_checked_before_anything_runs(project):
@@ -183,53 +189,136 @@ def test_machine_paths_and_widgets_are_taken_out(project, tmp_path, monkeypatch,
     assert set(published.metadata) == {"kernelspec"} and published.cells[-1].metadata == {"tags": ["kept"]}
 
 
-# the report
+def test_what_is_doubted_stands_below_the_title(project):
+    path = write_notebook(project, "01_x", "1 / 2")
+    reproduce._publishable(path, project, ["one < two"])
+    title, doubt, *_ = nbformat.read(path, 4).cells
+    assert doubt.cell_type == "markdown" and "alert-danger" in doubt.source and "one &lt; two" in doubt.source
+    reproduce._publishable(path, project)
+    assert len(nbformat.read(path, 4).cells) == 3, "the negative control: nothing is put there without a doubt"
 
 
-def record(identity: str, found: dict, created: str = "2026-01-01") -> dict:
-    """A record of the line that `load_records` would give."""
-    nested = {"metrics": {}, "plan": {}}
-    for name, value in found.items():
-        if "." in name:
-            *parents, last = name.split(".")
-            place = nested
-            for parent in parents:
-                place = place.setdefault(parent, {})
-            place[last] = value
-    spec = {name: value for name, value in found.items() if "." not in name and name != "status"}
-    environment = {"created": created, "device": "CPU", "torch": "2", "transformers": "5"}
-    head = {"run_id": identity, "status": found["status"], "error": None, "spec": spec, "environment": environment}
-    measured = nested if found["status"] == "ok" else {"metrics": None, "plan": None}
-    return head | measured | {"trace": None}
+# what need not run again
 
 
-def test_the_headline_compares_one_setting(tmp_path):
-    folder = records.run_folder(tmp_path)
-    curve = [row(rate=50, batch_size=1), row("minibatch_packing", 60, batch_size=1)]
-    table_2 = [row(), row("minibatch_packing", 190, 1.0), lost("multipack_posid")]
-    for i, found in enumerate([*curve, *table_2, row("multipack_posid", 9e9, steps=3)]):
-        records.write_record(folder, record(f"r{i}", found))
-    shared = record("shared", row("fixed_length_packing", 1.0))
-    records.write_record(folder, shared | {"environment": shared["environment"] | {"concurrent_runs": 2}})
-    lines = reproduce.write_report(folder).read_text(encoding="utf-8").splitlines()
-    assert lines[2] == "7 measured runs on: CPU, torch 2, transformers 5."
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
-    shown = {cells[2]: dict(zip(table[0], cells)) for cells in table[2:]}
-    assert list(shown) == ["Padding", "MiniBatchPacking + PosID", "Multipack + PosID"]
-    assert [arm["× padding"] for arm in shown.values()] == ["1.00", "1.90", ""]
-    assert [arm["status"] for arm in shown.values()] == ["ok", "ok", "oom"]
+MEASURES = """
+import json, pathlib
+made = pathlib.Path(run, "attention", "NAME.json")
+made.parent.mkdir(exist_ok=True)
+made.write_text("{}")
+"""
 
 
-def test_a_folder_without_training_runs_has_a_report(tmp_path):
-    """As after `reproduce --only 05`: attention alone was timed."""
-    folder = records.run_folder(tmp_path)
-    assert reproduce.headline(folder) == ""
-    assert reproduce.write_report(folder).read_text(encoding="utf-8").startswith("# Padding versus packing: run")
-    timing = record("t0", {"status": "ok", "arm": "varlen", "tokens": 64, "metrics.waste": 1.5})
-    records.write_record(folder, timing)
-    assert reproduce.headline(folder) == "" and "1 measured runs on: CPU" in reproduce.write_report(folder).read_text(
-        encoding="utf-8"
-    )
-    records.write_record(folder, record("r0", row()))
-    assert reproduce.headline(folder).count("\n") == 2, "a line for training, none for timing"
-    assert json.loads((folder / "records" / "t0.json").read_text(encoding="utf-8")) == timing
+def test_what_would_come_out_the_same_is_not_run_again(project, capsys):
+    """The first notebook must not run again because the second has measured since; whatever else changes counts."""
+    first, second = (write_notebook(project, name, MEASURES, ENDS) for name in ("01_first", "02_second"))
+    write_preset(project, {"01_first": {"seed": 5}, "02_second": None})
+
+    def ran() -> list[str]:
+        capsys.readouterr()
+        reproduce.reproduce("mini")
+        lines = capsys.readouterr().err.splitlines()
+        return [line.split()[2].rstrip(":") for line in lines if line.endswith(" s") and "notebook" in line]
+
+    assert ran() == ["01_first", "02_second"]
+    folder = project / "papermill_runs" / "mini"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    begun = time.monotonic()
+    assert ran() == [] and time.monotonic() - begun < 15
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+    write_preset(project, {"01_first": {"seed": 6}, "02_second": None})
+    assert ran() == ["01_first"], "its parameters"
+    (folder / "attention" / "02_second.json").write_text('{"edited": 1}', encoding="utf-8")
+    assert ran() == ["02_second"], "a record of its own, which the first one does not read"
+    second.write_text(second.read_text(encoding="utf-8").replace("seed = 1", "seed = 2"), encoding="utf-8")
+    (folder / first.name).unlink()
+    assert ran() == ["01_first", "02_second"], "no output; another source"
+
+
+def test_freshness_depends_on_package_data_and_failures(project, monkeypatch, tmp_path):
+    notebook = write_notebook(project, "01_first", ENDS)
+    data = tmp_path / "mine.jsonl"
+    data.write_text("{}", encoding="utf-8")
+    folder, given = records.run_folder("mini"), {"corpora": [str(data)]}
+    (folder / notebook.name).write_text("{}", encoding="utf-8")
+    records.write_json(folder / "summaries" / "01_first.json", {})
+
+    def fresh() -> bool:
+        return Freshness(folder, ["01_first"]).is_fresh(notebook, given)
+
+    def keep() -> None:
+        Freshness(folder, ["01_first"]).keep(notebook, given, set(), ended=True)
+
+    assert not fresh()
+    keep()
+    assert fresh()
+    data.write_text("{} ", encoding="utf-8")
+    assert not fresh(), "edited data"
+    keep()
+    monkeypatch.setattr(freshness, "_everywhere", lambda: "another package")
+    assert not fresh()
+    keep()
+    assert fresh()
+    records.write_record(folder, records.unfinished("r0", {}, "failed", "a defect"))
+    keep()
+    assert not fresh(), "a run that failed is tried again"
+    Freshness(folder, ["01_first"]).keep(notebook, given, set(), ended=False)
+    assert "fingerprint" not in Freshness(folder, ["01_first"]).known["01_first"], "what did not end is not fresh"
+
+
+def test_tracked_files_stay_as_they_are(project):
+    """Notebooks run from where they lie, and only write into the run's folder."""
+    write_notebook(project, "01_first", ENDS)
+    write_preset(project, {"01_first": None})
+    tracked = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    reproduce.reproduce("mini")
+    assert {path: path.read_bytes() for path in tracked} == tracked
+    others = {path for path in project.rglob("*") if path.is_file()} - tracked.keys()
+    assert {path.relative_to(project).parts[:2] for path in others} == {("papermill_runs", "mini")}
+
+
+# Ctrl-C
+
+INTERRUPTED = """
+import signal, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_ctrl_c_ends_everything_cleanly(project, tmp_path):
+    """As in a terminal: one line, exit code 130, no process left (tests/conftest.py looks), no unfinished notebook."""
+    write_notebook(project, "01_first", INTERRUPTED, ENDS)
+    write_preset(project, {"01_first": None})
+    script = f"""
+import pathlib, signal
+from packlib.lab import records
+from packlib import __main__
+signal.signal(signal.SIGINT, signal.default_int_handler)
+records.project_root = lambda: pathlib.Path({str(project)!r})
+raise SystemExit(__main__.main(["reproduce", "mini"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    log = project / "papermill_runs" / "mini" / "logs" / "01_first.log"
+    until = time.monotonic() + 120
+    while not (log.exists() and "child" in log.read_text(encoding="utf-8")) and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Task exception" not in said and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("interrupted; every finished run has its record")
+    assert len(said.splitlines()) < 20
+    child = int(log.read_text(encoding="utf-8").split("child ")[1].split()[0])
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+    assert not list(log.parents[1].glob("*.ipynb")), "nothing looks finished"
+
+
+# presets
+
+
+def test_presets_are_listed(project, monkeypatch):
+    write_notebook(project, "01_first", ENDS)
+    write_preset(project, {"01_first": None}, hardware="a machine", minutes=2)
+    assert reproduce.listing() == "mini      a machine; about 2 minutes; notebooks 01\n          made up"

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from packlib.lab import figures, tables
+from packlib.lab import doubts, figures, tables
 from packlib.lab.corpora import load_corpus
 from packlib.lab.figures import Picture
 from packlib.lab.spec import RunSpec
@@ -135,7 +135,7 @@ def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
 def like(frame: pd.DataFrame, spec: RunSpec, corpus: str) -> pd.DataFrame:
     """The runs of `frame` on a corpus that share model, rig and attention with a spec."""
     place = (frame["model"] == spec.model) & (frame["corpus"] == corpus) & (frame["kernel"] == spec.kernel)
-    return frame[place & (tables.rigs(frame) == tables.rig_label(asdict(spec.rig)))]
+    return frame[place & (tables.rigs(frame) == tables.rig_label(asdict(spec.rig), spec.world_size))]
 
 
 def fixed_cost(frame: pd.DataFrame) -> dict[str, float]:
@@ -200,32 +200,40 @@ def batch_size_curve(by_size: pd.DataFrame, model: str, corpus: str) -> Picture:
 
 
 def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: Mapping[str, float], frame: pd.DataFrame) -> list[str]:
-    """Sentences of notebook 06, every number from records.
+    """Sentences of notebook 06, every number from records; none ranks where a control is off, which comes first.
 
     table: `tables.against` of `frame`. by_size: `batch_size_table`. cost: `fixed_cost`.
     """
-    said = []
+    said: list[str] = _doubts(by_size, frame)
+    ranked = not said
     named = table.assign(model=tables.named_models(table["model"], table["rig"]))
     ours = named[(named["kernel"] == "auto") & named["speed_up"].notna()]
     for (model, corpus), group in ours.groupby(["model", "corpus"], sort=False):
         where = f"{model} on {tables.short(corpus)}"
-        said += [f"{where}: {sentence}." for sentence in _about_arms(group.set_index("strategy"))]
-    if len(by_size) and by_size["reached"].notna().any():
+        said += [f"{where}: {sentence}." for sentence in _about_arms(group.set_index("strategy"), ranked=ranked)]
+    if ranked and len(by_size) and by_size["reached"].notna().any():
         best = by_size.loc[by_size["reached"].idxmax()]
         share = f"{best['reached']:.0%} of the waste has become speed"
         said.append(f"At {best['batch_size']:.0f} examples a batch, {share}, the most in the curve.")
     if cost["fixed_seconds"] > 0:
         before, each = cost["fixed_seconds"] * 1e3, cost["seconds_per_slot"] * 1e6
         said.append(f"A step costs {before:.0f} ms before its first slot and {each:.2f} µs per slot.")
-    spread = _repeat_spread(frame)
+    spread = doubts.repeat_spread(frame[frame["kernel"] == "auto"])
     if pd.notna(spread):
         said.append(f"Repeating an arm moved its median step time by at most {spread:.1%}.")
     lost = frame[frame["status"] != "ok"]
     return said + [f"{row.strategy} with {row.model}: {row.status}, {row.error}." for row in lost.itertuples()]
 
 
-def _about_arms(arms: pd.DataFrame) -> list[str]:
-    """What one model's arms on one corpus say, by strategy."""
+def _doubts(by_size: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
+    """What a batch of one in the curve, and repeats in the table, say against the times."""
+    one = by_size[by_size["batch_size"] == 1] if len(by_size) else by_size
+    found = [doubts.of_control(ratio, "the curve's corpus") for ratio in one.get("speed_up", [])]
+    return [*(doubt for doubt in found if doubt), *doubts.of_repeats(frame)]
+
+
+def _about_arms(arms: pd.DataFrame, *, ranked: bool) -> list[str]:
+    """What one model's arms on one corpus say, by strategy; ranked: also which is the fastest."""
     said = []
     if "minibatch_packing" in arms.index:
         row = arms.loc["minibatch_packing"]
@@ -234,7 +242,7 @@ def _about_arms(arms: pd.DataFrame) -> list[str]:
             f"{row['limit']:.2f}; its peak memory is {row['memory_ratio']:.2f} of padding's"
         )
     others = [name for name in arms.index if name not in PAIR and STRATEGIES[name].trl is None]
-    if others:
+    if others and ranked:
         best = arms.loc[others, "speed_up"].idxmax()
         times = f"{arms.loc[best, 'speed_up']:.2f} times padding"
         said.append(f"the fastest of our other strategies is {STRATEGIES[best].label}, {times}")
@@ -244,11 +252,3 @@ def _about_arms(arms: pd.DataFrame) -> list[str]:
             times = f"{ratio:.2f} times the real tokens/s of {STRATEGIES[peer].label}"
             said.append(f"{STRATEGIES[arm].label} runs at {times}")
     return said
-
-
-def _repeat_spread(frame: pd.DataFrame) -> float:
-    """How far apart the median step times of an arm's repeats are, at most, as a share; NaN without repeats."""
-    ok = frame[(frame["status"] == "ok") & (frame["kernel"] == "auto")]
-    same = ["model", "rig", "corpus", "strategy"]
-    seconds = ok.assign(rig=tables.rigs(ok)).groupby(same)["metrics.step_seconds.p50"]
-    return (seconds.max() / seconds.min() - 1)[seconds.count() > 1].max()

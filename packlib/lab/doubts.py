@@ -1,0 +1,83 @@
+"""Whether a run's times can be trusted: its controls, and the sentence that takes its rankings back where they fail.
+
+Two controls are known beforehand to be 1. With one example a batch nothing is padded, so that padding and packing do
+the same work; and an arm that is repeated takes the same time. Where either is off by more than a few per cent, the
+same cause may sit in every other ratio of the run, so that none is ranked.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from packlib.lab import tables
+
+CONTROL = 0.03  # a batch of one: packing's speed over padding's, from 1
+REPEATS = 0.03  # median step times of an arm's repeats, largest over smallest, from 1
+PAIR = ("padding", "minibatch_packing")
+
+
+class Doubt(str):
+    """A finding that takes others back: shown on top, in red."""
+
+
+def doubts(frame: pd.DataFrame) -> list[Doubt]:
+    """What the controls among these runs (`records.load_records`) say against their times; nothing where they hold."""
+    if "strategy" not in frame:
+        return []
+    ok = frame[(frame["status"] == "ok") & frame["strategy"].notna()]
+    timed = tables.alone(ok)
+    found = [of_control(*control) for control in _controls(timed)]
+    return [*(doubt for doubt in found if doubt), *of_repeats(timed)]
+
+
+def of_control(ratio: float, where: str) -> Doubt | None:
+    """The doubt that a batch of one raises, if it does. ratio: packing's speed over padding's; NaN: not measured."""
+    if math.isnan(ratio) or abs(ratio - 1) <= CONTROL:
+        return None
+    return Doubt(
+        f"The control is off: with one example a batch, where nothing is padded, packing runs at {ratio:.3f} times "
+        f"padding's speed ({where}); expected 1 within {CONTROL:.0%}. Ratios of this run hold a difference that is not "
+        f"packing's, and nothing here is ranked."
+    )
+
+
+def of_repeats(frame: pd.DataFrame) -> list[Doubt]:
+    """The doubt that repeats of an arm raise, if they do."""
+    spread = repeat_spread(frame)
+    if math.isnan(spread) or spread <= REPEATS:
+        return []
+    return [
+        Doubt(
+            f"Repeats are off: the median step time of an arm differs by {spread:.1%} between its repeats; expected "
+            f"{REPEATS:.0%} at most. Smaller differences of this run may be noise, and nothing here is ranked."
+        )
+    ]
+
+
+def repeat_spread(frame: pd.DataFrame) -> float:
+    """How far apart the median step times of an arm's repeats are, at most, as a share; NaN without repeats."""
+    ok = frame[frame["status"] == "ok"]
+    seconds = _by_setting(ok, ["strategy", "kernel", "seed"])["metrics.step_seconds.p50"]
+    spread = (seconds.max() / seconds.min() - 1)[seconds.count() > 1].max()
+    return float(spread) if pd.notna(spread) else math.nan
+
+
+def _controls(timed: pd.DataFrame) -> list[tuple[float, str]]:
+    """Of every setting with one example a batch: packing's speed over padding's, and where that is."""
+    one = timed[(timed["batch_size"] == 1) & timed["strategy"].isin(PAIR) & (timed["kernel"] == "auto")]
+    found = []
+    for _, group in _by_setting(one, []):
+        rate = group.groupby("strategy")["metrics.tokens_per_s.mean"].median()
+        if set(PAIR) <= set(rate.index):
+            where = f"{tables.short(group['model'].iloc[0])} on {tables.short(group['corpus'].iloc[0])}"
+            found.append((float(rate["minibatch_packing"] / rate["padding"]), where))
+    return found
+
+
+def _by_setting(frame: pd.DataFrame, own: list[str]) -> pd.api.typing.DataFrameGroupBy:
+    """Runs by all that their specs share, besides the number of steps, and by the columns `own`."""
+    varies = tables.VARIES - {"model", "corpus"} | {"steps"}
+    fixed = [name for name in frame if "." not in name and name not in varies]
+    return frame.assign(rig=tables.rigs(frame)).groupby([*fixed, "rig", *own], sort=False, dropna=False)
