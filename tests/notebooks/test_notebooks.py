@@ -52,7 +52,7 @@ def test_is_fit_to_commit(path):
     assert sum(len(re.findall(r"^# ", text, flags=re.MULTILINE)) for text in prose) == 1, "one H1"
     assert notebook.metadata.kernelspec.name == "python3"
     assert "widgets" not in notebook.metadata
-    assert len(notebook.cells) <= 26
+    assert len(notebook.cells) <= 28
     assert all(cell.source.strip() for cell in notebook.cells), "no cell is empty"
     assert not MACHINE_PATH.search("\n".join(cell.source for cell in notebook.cells))
 

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from packlib.attention import register_attention
+from packlib.collators import FlatteningCollator
 from packlib.isolation import check_isolation
 from packlib.lab import records
 from packlib.lab.small_models import small_model
@@ -18,13 +20,16 @@ def registered():
     register_attention()
 
 
+COLLATED = ("FlatteningCollator", isolation.ISOLATED)
+
+
 def expected(attention, situation):
     """The table of PITFALLS.md, for a model with rotary positions that takes any attention."""
     if attention == "packlib_varlen":
-        return "exact" if "cu_seqlens" in situation or situation == "FlatteningCollator" else "refused"
+        return "exact" if "cu_seqlens" in situation or situation in COLLATED else "refused"
     if attention == "flash_attention_2":
         return "leak" if situation in ("+ mask with pads", "two packed rows") else "exact"
-    return "exact" if situation in ("FlatteningCollator", "position ids alone", "two packed rows") else "leak"
+    return "exact" if situation in (*COLLATED, "position ids alone", "two packed rows") else "leak"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def test_masked_attentions_are_alike(attention):
 
 
 def test_matrix_shows_every_situation(matrix):
-    assert len(matrix["cells"]) == 3 * 7 * 3 and not matrix["disagreements"]
+    assert len(matrix["cells"]) == 3 * 8 * 3 and not matrix["disagreements"]
     for cell in matrix["cells"]:
         if (cell["dtype"], cell["situation"]) != (
             "float64",
@@ -112,11 +117,30 @@ def test_weights_of_the_loss_are_those_of_the_examples():
 
 def test_findings_count_the_cells(matrix):
     equal = pd.DataFrame({"gradient_error": [1e-7, 2e-7]})
-    ran, disagree, ours, gradients = isolation.findings(matrix, "float32", equal)
+    ran, disagree, ours, mended, gradients = isolation.findings(matrix, "float32", equal)
     cells = isolation.judged(matrix, "float32")
     assert f": 6 of {(~cells['verdict'].isin(['unsupported', 'refused'])).sum()} combinations" in ran
-    assert disagree.startswith("0 of 63 verdicts") and "0 leaks in attention, 0 in all" in ours
+    assert disagree.startswith("0 of 72 verdicts") and "0 leaks in attention, 0 in all" in ours
+    assert mended.startswith("isolate_mixers keeps examples apart in 0 of the 0 combinations")
     assert gradients.endswith("is 2.0e-07.")
+
+
+def test_isolated_mixers_are_a_situation():
+    situations = ["FlatteningCollator", isolation.ISOLATED]
+    record = isolation.run_matrix(["minimax", "blt"], ["sdpa"], situations, ["float32"])
+    verdicts = [cell["verdict"] for cell in record["cells"]]
+    assert verdicts == ["leak", "exact", "leak", "refused"]
+    assert "no module of it can be isolated" in record["cells"][3]["reason"]
+    said = isolation.findings(record, "float32", pd.DataFrame({"gradient_error": [0.0]}))
+    assert said[3].startswith("isolate_mixers keeps examples apart in 1 of the 2 combinations")
+    old = record | {"cells": [cell for cell in record["cells"] if cell["situation"] != isolation.ISOLATED]}
+    assert len(isolation.findings(old, "float32", pd.DataFrame({"gradient_error": [0.0]}))) == len(said) - 1
+
+
+def test_a_hybrid_before_and_after_the_repair():
+    (before, after), said = isolation.repaired(small_model("minimax"), [5, 4, 6], 0)
+    assert before.verdict == "leak" and before.culprit == "state" and after.isolated
+    assert said == "on one line a segment: MiniMaxLightningAttention (1); 1.20 slots a token inside"
 
 
 def test_the_newest_matrix_is_the_published_one(tmp_path):
@@ -132,7 +156,7 @@ def test_publishing_leaves_a_record_and_its_figure(tmp_path, monkeypatch, matrix
     monkeypatch.setattr(isolation, "run_matrix", lambda models: matrix)
     said = isolation.publish(["llama"], tmp_path)
     (record,) = tmp_path.glob("*.json")
-    assert said == f"63 cells, 0 disagree with float64: {record}"
+    assert said == f"72 cells, 0 disagree with float64: {record}"
     assert isolation.published(tmp_path)["cells"] == matrix["cells"]
     with Image.open(record.with_suffix(".png")) as image:
         assert image.info["Description"] == isolation.heat_map(matrix).alt
@@ -144,3 +168,18 @@ def test_whole_matrix(model_type):
     record = isolation.run_matrix([model_type])
     assert not record["disagreements"]
     assert all(c["seconds"] < 20 for c in record["cells"])
+
+
+def test_a_loss_has_no_gradient_in_another_example_only_with_boundaries():
+    lengths = [5, 3, 6]
+    model = small_model("llama", register_attention("sdpa"))
+    row = {"input_ids": list(range(10, 24)), "seq_lengths": lengths}
+    isolated, contaminated = (
+        isolation.loss_gradients(model, FlatteningCollator(boundary=boundary)([row]), lengths)
+        for boundary in ("segment", "row")
+    )
+    assert np.array_equal(isolated > 0, np.eye(3, dtype=bool))
+    assert np.array_equal(contaminated > 0, np.tri(3, dtype=bool))
+    figure = isolation.gradient_pictures({"with": isolated, "without": contaminated})
+    figure.canvas.draw()
+    assert [len(ax.texts) for ax in figure.axes] == [9, 9] and figure.alt == "with; without"
