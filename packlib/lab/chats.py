@@ -20,7 +20,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Written(NamedTuple):
-    """A chat as text. turns: begin and end of what is trained on, in characters. blocks: whether the template marks it."""
+    """A chat as text. turns: begin and end of what is trained on, in characters; blocks: the template says so."""
 
     text: str
     turns: list[tuple[int, int]]

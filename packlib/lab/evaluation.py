@@ -25,8 +25,13 @@ def evaluate(model: PreTrainedModel, corpus: Corpus, *, max_slots: int = 8192) -
 
     Returns `eval_loss_per_token` (Σ loss / Σ loss tokens, nats), `eval_loss_per_example` (mean over examples of their
     mean loss, nats), `eval_tokens` and `eval_examples` (those with at least one loss token). Batches of at most
-    `max_slots` slots, or one example. The model is put back into the mode it was in.
+    `max_slots` slots, or one example. The model is put back into the mode it was in. Raises `ValueError` for a corpus
+    without a loss token.
     """
+    if not corpus.loss_tokens.any():
+        raise ValueError(
+            f"{corpus.name} ({corpus.split}) has no loss token in {len(corpus.lengths)} examples to evaluate"
+        )
     training = model.training
     model.eval()
     sums, counts = [], []
@@ -77,10 +82,12 @@ def exact_match(
     model.set_attn_implementation("sdpa")
     prompts, answers = [], []
     for i, example in enumerate(corpus.dataset):
-        cut = int(np.argmax(np.asarray(example["labels"]) != IGNORE_INDEX))
+        trained = np.asarray(example["labels"]) != IGNORE_INDEX
+        cut = int(np.argmax(trained))
         if not cut:
             expected = 'expected a corpus tokenized with loss="response"'
-            raise ValueError(f"example {i} of {corpus.name} has loss from its first token on; {expected}")
+            found = "has loss from its first token on" if trained.any() else "has no response"
+            raise ValueError(f"example {i} of {corpus.name} {found}; {expected}")
         prompts.append(example["input_ids"][:cut])
         answers.append(tokenizer.decode(example["input_ids"][cut:], skip_special_tokens=True))
     right = 0

@@ -37,8 +37,9 @@ EXPECTED = (
     "prompt and response, messages, conversations, prompt and completion, instruction and output, text, input_ids"
 )
 OF_TOKENS = ("labels", "attention_mask", *LOSS_MASKS, *BOUNDARIES)  # a value for each token
-COLUMNS = {"input", "system", "tools", *OF_TOKENS}.union(*FORMATS)  # all that are read
+READ = {"input", "system", "tools", *OF_TOKENS}.union(*FORMATS)
 UNREAD = ("system_prompt", "history", "chat_template_kwargs", "documents")  # text that would be left out
+CONSIDERED = READ.union(UNREAD)  # any other column of a row is metadata
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
@@ -71,6 +72,7 @@ class Chat:
         """Whether message i is a response to learn."""
         return i >= self.prompt and self.messages[i]["role"] == "assistant"
 
+    @property
     def pieces(self) -> list[Piece]:
         """A line `role: content` for each message: how a chat is written without a template.
 

@@ -11,6 +11,7 @@ from transformers import SchedulerType
 
 from packlib.attention import KERNELS
 from packlib.lab import records
+from packlib.lab.corpora import UNLABELLED
 from packlib.lab.parameters import check_parameters, unknown_name
 from packlib.lab.strategies import get_strategy
 from packlib.losses import WEIGHTINGS
@@ -124,7 +125,7 @@ class RunSpec:
     dtype: `float32`; `bfloat16` (weights, gradients and optimiser states); `bf16_mixed` (float32 weights under
         autocast).
     weighting: `per_token` or `per_example`. loss: `full` or `response`. overflow: what happens to examples above
-        max_tokens.
+        max_tokens. unlabelled: and to those that then have no label left: `error`, `drop`, or `keep`.
     eval_examples: size of the held-out set (0: none), evaluated at the end and every `eval_every` steps. atom_size: for
         fixed_length.
     examples_per_step: group rows so that optimiser steps hold about this many examples. layers: toy depth instead of
@@ -148,6 +149,7 @@ class RunSpec:
     warmup_steps: int = 3
     limit: int | None = None
     overflow: str = "truncate"
+    unlabelled: str = "error"
     loss: str = "full"
     weighting: str = "per_token"
     seed: int = 0
@@ -178,6 +180,7 @@ class RunSpec:
         choices = {
             "dtype": DTYPES,
             "overflow": OVERFLOW,
+            "unlabelled": UNLABELLED,
             "loss": LOSSES,
             "weighting": WEIGHTINGS,
             "kernel": KERNEL_NAMES,
@@ -196,7 +199,7 @@ class RunSpec:
     @property
     def corpus_options(self) -> dict[str, Any]:
         """What `load_corpus` is asked for, besides name and split."""
-        names = ("tokenizer", "loss", "limit", "max_tokens", "overflow")
+        names = ("tokenizer", "loss", "limit", "max_tokens", "overflow", "unlabelled")
         return {name: getattr(self, name) for name in names}
 
     @property

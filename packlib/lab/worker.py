@@ -33,6 +33,7 @@ from packlib import attention, plans
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.lab import evaluation, models, records, rig
 from packlib.lab.clock import (
+    COUNTS,
     Counter,
     StepClock,
     copy_rate,
@@ -109,6 +110,7 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
         own = counter.per_step(spec.gradient_accumulation, clock.ends, len(trainer.get_train_dataloader()))
         of_ranks = of_all_ranks(own)
         counts = of_ranks.sum(axis=0)
+        _check_learning(counts[:, COUNTS.index("loss_tokens")], spec)  # of TRL's packing, nothing is known beforehand
         metrics = clock.metrics(counts)
         if spec.world_size > 1:
             metrics["ranks"] = ranks = clock.ranks(of_ranks)
@@ -272,14 +274,29 @@ def planned(spec: RunSpec, strategy: Strategy, corpus: Corpus) -> tuple[Dataset,
         plan = plan.balance(spec.world_size, seed=spec.seed)
     report = plan.report(corpus.lengths, strategy.layout).to_dict()
     report["lost_tokens"] += corpus.lost_tokens
+    report["unlabelled_examples"] = corpus.unlabelled
+    report["loss_tokens"] = int(corpus.predicted(plan.example, plan.start, plan.stop).sum())  # of the real mask
     if strategy.packed_by_trl:
         return corpus.dataset, report
+    per_step = spec.gradient_accumulation * strategy.rows_per_batch(spec.batch_size) * spec.world_size
     if spec.all_steps:
-        per_step = spec.gradient_accumulation * strategy.rows_per_batch(spec.batch_size) * spec.world_size
         plan = plan.take(np.arange(min(spec.all_steps * per_step, len(plan))))
+    of_rows = np.add.reduceat(corpus.predicted(plan.example, plan.start, plan.stop), plan.row_splits[:-1])
+    _check_learning(np.add.reduceat(of_rows, np.arange(0, len(of_rows), per_step)), spec)
     if strategy.trl is not None:  # the examples in the order of the mini-batches; TRL does the rest
         return corpus.dataset.select(plan.example), report
     return plan.apply(corpus.dataset).with_format("numpy"), report
+
+
+def _check_learning(loss_tokens: np.ndarray, spec: RunSpec) -> None:
+    """ValueError for optimiser steps without a label: their loss is 0 or no number, and they train nothing."""
+    bare = np.flatnonzero(loss_tokens == 0)
+    if len(bare):
+        raise ValueError(
+            f"{len(bare)} of {len(loss_tokens)} optimiser steps have no loss token, the first is step {bare[0] + 1}: "
+            f"all that they hold within max_tokens = {spec.max_tokens} is prompt; expected unlabelled = 'drop', more "
+            "max_tokens, or more examples a step"
+        )
 
 
 def trainer_config(spec: RunSpec, strategy: Strategy, device: torch.device, scratch: str) -> SFTConfig:
