@@ -179,11 +179,15 @@ CLIMBS: dict[str, tuple[Rung, ...]] = {
 
 @dataclass(frozen=True)
 class Arm:
-    """A rung of a climb on a corpus, and the run that measures it."""
+    """A rung of a climb on a corpus, and the run that measures it.
+
+    path: the rungs of the climb whose changes the run has, from the lowest on.
+    """
 
     climb: str
     rung: Rung
     spec: RunSpec
+    path: tuple[Rung, ...] = ()
 
 
 def arms(
@@ -206,12 +210,15 @@ def arms(
         if name not in known:
             raise unknown_name(f"rung of {climb}", name, known)
     found, here = [], base
+    path: tuple[Rung, ...] = ()
     for rung in CLIMBS[climb]:
         spec = _changed(here, rung.fields, keep)
+        if rung.gpu and not gpu:
+            continue
         if not rung.beside:
-            here = spec if gpu or not rung.gpu else here
-        if (not rungs or rung.name in rungs) and (gpu or not rung.gpu):
-            found.append(Arm(climb, rung, spec))
+            here, path = spec, (*path, rung)
+        if not rungs or rung.name in rungs:
+            found.append(Arm(climb, rung, spec, path))
     return found
 
 
@@ -259,7 +266,7 @@ def measure(arms: Sequence[Arm], folder: Path, *, progress: experiment.Progress 
     specs = [arm.spec for arm in arms]
     here = [spec for spec in specs if content_sha256(spec.corpus, spec.tokenizer) is not None]
     experiment.run(here, folder, progress=progress)
-    records = [experiment.find(spec, folder) for spec in specs]
+    records: list[Record | None] = [experiment.find(spec, folder) for spec in specs]
     if not any(records):
         names = ", ".join(sorted({repr(spec.corpus) for spec in specs}))
         raise FileNotFoundError(f"corpus {names} is not here, and no rung has a record on it")
@@ -279,26 +286,22 @@ def climb_table(arms: Sequence[Arm], records: Sequence[Record | None]) -> pd.Dat
     the finished rung below, which trains on the same examples. What there is none of is NaN.
     """
     rows = []
-    below: dict[tuple, Record] = {}  # of each climb: the last finished rung, and what rungs since should do
-    factors: dict[tuple, tuple[float, float]] = {}
+    below: dict[tuple, tuple[Record, int]] = {}  # of each climb: the last finished rung, and how many led there
     for arm, record in zip(arms, records):
         rung, way = arm.rung, (arm.climb, arm.spec.corpus, arm.spec.rig.lora_rank)
-        before, (host, device) = below.get(way), factors.get(way, (1.0, 1.0))
+        before, climbed = below.get(way, (None, 0))
         row = {"climb": arm.climb, "corpus": arm.spec.corpus, "lora_rank": arm.spec.rig.lora_rank or 0}
         row |= {"rung": rung.name, "beside": rung.beside, "status": record["status"] if record else NOT_MEASURED}
         row |= {"error": record["error"] if record else None} | dict.fromkeys(NUMBERS, math.nan)
         if before and not rung.beside:
-            pads = 1 / before["metrics"]["measured_waste"]
-            host, device = host * rung.host, device * (pads if rung.device is None else rung.device)
-            factors[way] = host, device
-            row["predicted"] = _predicted_rate(before["metrics"], host, device)
+            row["predicted"] = _predicted_rate(before["metrics"], arm.path[climbed:])
         if record and record["status"] == "ok":
             row |= _measured(record["metrics"])
             if before:
                 row["loss_difference"] = _apart(record, before, "loss")
                 row["grad_norm_difference"] = _apart(record, before, "grad_norm")
             if not rung.beside:
-                below[way], factors[way] = record, (1.0, 1.0)
+                below[way] = record, len(arm.path)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -348,10 +351,13 @@ def host_and_device(metrics: Mapping[str, Any]) -> tuple[float, float]:
     return profile["host_seconds"] * scale, profile["kernel_seconds"] * scale
 
 
-def _predicted_rate(metrics: Mapping[str, Any], host: float, device: float) -> float:
-    """Real tokens/s if the host's and the device's time change by these factors."""
-    launching, computing = host_and_device(metrics)
-    return metrics["tokens_per_s"]["mean"] * max(launching, computing) / max(host * launching, device * computing)
+def _predicted_rate(metrics: Mapping[str, Any], rungs: Iterable[Rung]) -> float:
+    """Real tokens/s of a run after these changes to its rig."""
+    before = host, device = host_and_device(metrics)
+    for rung in rungs:
+        host *= rung.host
+        device *= 1 / metrics["measured_waste"] if rung.device is None else rung.device
+    return metrics["tokens_per_s"]["mean"] * max(before) / max(host, device)
 
 
 def _apart(record: Record, reference: Record, name: str) -> float:

@@ -113,6 +113,17 @@ def test_every_prediction_starts_from_the_finished_rung_below(climbed):
     assert table.loc[["padded, SDPA", "TRL padding_free"], "predicted"].isna().all()
 
 
+def test_rungs_that_are_not_run_count_in_the_next_prediction():
+    arms = ladder.arms(BASE, MINI_BATCHES, ["fused loss", "less recomputation", "merged micro-batches"], gpu=False)
+    found = [{"status": "ok", "error": None} | made(1000.0, host=0.01, device=0.1), None, None]
+    predicted = ladder.climb_table(arms, found)["predicted"].tolist()
+    assert predicted[1:] == pytest.approx([1000 / (0.85 * 0.75), 1000 / (0.85 * 0.75 * 0.85)]), "compiled layers, too"
+    on_a_gpu = ladder.arms(BASE, MINI_BATCHES, ["fused loss", "merged micro-batches"])
+    assert ladder.climb_table(on_a_gpu, found[:2])["predicted"][1] == pytest.approx(
+        1000 / (0.85 * 0.75 * 1.05 * 0.85 * 0.85)
+    )
+
+
 def test_without_a_profile_the_host_is_the_device():
     metrics = made(1000.0, step=0.2)["metrics"] | {"profile": None}
     assert ladder.host_and_device(metrics) == (0.0, 0.2)
