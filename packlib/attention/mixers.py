@@ -59,6 +59,7 @@ Answer = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any]], Any]
 _CHECKPOINTS = ("_gradient_checkpointing_func", "checkpoint_fn")  # transformers' attribute, and checkpoint_wrapper's
 _PROBE = (13, 7, 21, 18)  # 59 tokens: a prime, so that no dimension of a model is taken for the row; lines have pads
 _EDITED = slice(13, 20)  # the second segment; the others watch
+_EPS = torch.finfo(torch.float32).eps
 
 
 def isolate_mixers(model: nn.Module, *, max_waste: float = MAX_WASTE) -> dict[str, str]:
@@ -244,10 +245,9 @@ class _Probe:
     """A short packed row, a model, and what its modules make of it."""
 
     def __init__(self, model: Any) -> None:
-        parameter = next(model.parameters())
-        self.model, self.device = model, parameter.device
-        self.eps = max(torch.finfo(parameter.dtype).eps, torch.finfo(torch.float32).eps)  # mixers compute in float32
-        vocabulary = min(model.get_input_embeddings().weight.shape[0], 50_000)
+        weight = model.get_input_embeddings().weight
+        self.model, self.device, vocabulary = model, weight.device, min(len(weight), 50_000)
+        self.eps = max(torch.finfo(weight.dtype).eps, _EPS)  # mixers compute in float32
         generator = torch.Generator().manual_seed(0)
         row = torch.randint(vocabulary // 8, vocabulary // 2, (sum(_PROBE),), generator=generator)  # no special tokens
         self.examples = [piece.tolist() for piece in row.split(_PROBE)]
@@ -338,7 +338,7 @@ class _Probe:
         onto = [torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device) for out in watched]
         gradients = torch.autograd.grad(watched, leaves, onto, allow_unused=True)
         found = [gradient for gradient in gradients if gradient is not None]
-        return any(float(g[:, _EDITED].abs().max()) > self.eps * float(g.abs().max()) for g in found)
+        return any(float(g[:, _EDITED].abs().max()) > _EPS * float(g.abs().max()) for g in found)
 
     def as_alone(self, call: _Call) -> bool:
         """Whether the module makes of the row what it makes of each segment alone."""
