@@ -250,6 +250,23 @@ def equivalence(model_type: str, examples: Sequence[Mapping[str, list[int]]]) ->
     return pd.DataFrame(reports)
 
 
+def loss_gradients(model: PreTrainedModel, batch: Batch, lengths: Sequence[int]) -> np.ndarray:
+    """How much each example's loss depends on each example's embeddings: float [examples, examples].
+
+    Entry [i, j] is the norm of the gradient of example i's summed loss with respect to the embedded tokens of j.
+    batch: flat and labelled, of examples of these lengths, in their order. The model is on the attention it has.
+    """
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    inputs = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}
+    logits = model(inputs_embeds=embedded, use_cache=False, **inputs).logits[0, :-1]
+    losses = torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:], reduction="none")  # ignores -100
+    found = []
+    for loss in losses.split([lengths[0] - 1, *lengths[1:]]):  # the label that a token predicts is the next one's
+        (gradient,) = torch.autograd.grad(loss.sum(), embedded, retain_graph=True)
+        found.append([float(part.norm()) for part in gradient[0].split(list(lengths))])
+    return np.array(found)
+
+
 def weightings(model_type: str, examples: Sequence[Mapping[str, list[int]]]) -> pd.DataFrame:
     """Each example's loss, and how much a token of it weighs in either average of the loss."""
     rows = []
@@ -267,10 +284,22 @@ def weightings(model_type: str, examples: Sequence[Mapping[str, list[int]]]) -> 
 
 def influence_pictures(reports: Sequence[IsolationReport]) -> Picture:
     """One square per report: how far editing the example of a column moves the logits of the example of a row."""
-    titles = [f"{report.model}, {report.attention}: {report.verdict}" for report in reports]
-    figure, axes = figures.new(4.6 * len(reports), 4.4, "; ".join(titles), len(reports))
-    for ax, report, title in zip(axes, reports, titles):
-        grid, names = np.array(report.influence), [chr(65 + i) for i in range(len(report.lengths))]
+    named = {f"{report.model}, {report.attention}: {report.verdict}": np.array(report.influence) for report in reports}
+    return _squares(named, "example that is edited", "example that is watched")
+
+
+def gradient_pictures(named: Mapping[str, np.ndarray]) -> Picture:
+    """`loss_gradients` of several batches, a square each: the loss of a row's example, the embeddings of a column's."""
+    others = {name: grid[~np.eye(len(grid), dtype=bool)].max() for name, grid in named.items()}
+    titled = {f"{name}: up to {others[name]:.2g} in another example": grid for name, grid in named.items()}
+    return _squares(titled, "gradient in the embeddings of example …", "of the loss of example …")
+
+
+def _squares(named: Mapping[str, np.ndarray], xlabel: str, ylabel: str) -> Picture:
+    """A number for every pair of examples, [examples, examples]; off the diagonal what is not 0 is a leak."""
+    figure, axes = figures.new(4.6 * len(named), 4.4, "; ".join(named), len(named))
+    for ax, (title, grid) in zip(axes, named.items()):
+        names = [chr(65 + i) for i in range(len(grid))]
         ax.imshow(grid > 0, cmap=ListedColormap(["white", VERDICTS["leak"]]), vmin=0, vmax=1)
         ax.imshow(np.where(np.eye(len(grid), dtype=bool), 1, np.nan), cmap=ListedColormap([VERDICTS["exact"]]))
         for (i, j), value in np.ndenumerate(grid):
@@ -278,7 +307,7 @@ def influence_pictures(reports: Sequence[IsolationReport]) -> Picture:
             ax.text(j, i, f"{value:.2g}", ha="center", va="center", fontsize=11, color=color)
         ax.set_xticks(range(len(names)), names)
         ax.set_yticks(range(len(names)), names)
-        ax.set(title=title, xlabel="example that is edited", ylabel="example that is watched")
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
         ax.grid(visible=False)
     return figure
 
@@ -359,6 +388,8 @@ def _mended(cells: pd.DataFrame) -> list[str]:
     if not {"FlatteningCollator", ISOLATED} <= set(wide):
         return []
     tried = wide[wide["FlatteningCollator"].isin(["leak", "shifted", "refused"])]
+    if tried.empty:
+        return []
     apart = tried[ISOLATED].isin(["exact", "rounding"]).sum()
     where = "combinations of model and attention that leak, shift or refuse with that batch"
     return [f"isolate_mixers keeps examples apart in {apart} of the {len(tried)} {where}."]
