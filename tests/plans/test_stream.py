@@ -195,7 +195,7 @@ def distributions(count, most):
 
 @pytest.mark.parametrize("name", distributions(1, 512))
 def test_a_buffer_of_ten_thousand_is_as_full_as_a_plan(name):
-    lengths = distributions(25_000, 512)[name]
+    lengths = distributions(15_000, 512)[name]
     offline = len(best_fit_decreasing(lengths, 512, overflow="error"))
     source = [np.broadcast_to(np.int64(1), n) for n in lengths]
     rows = sum(1 for _ in stream(source, 512, overflow="error"))

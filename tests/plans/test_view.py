@@ -35,7 +35,7 @@ def lists(row):
     return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), capacity=st.integers(1, 70), seed=st.integers(0, 99))
 def test_a_view_has_the_rows_of_the_table(data, capacity, seed):
     lengths = data.draw(st.lists(st.integers(1, 30), min_size=2, max_size=20))
