@@ -40,6 +40,10 @@ class OutOfTime(RuntimeError):
     """The time of this call is used up and arms are left; every finished one has its record, the next call goes on."""
 
 
+class SweepFailed(RuntimeError):
+    """No arm of a sweep has a result, and why."""
+
+
 def find(spec: RunSpec, folder: Path) -> dict[str, Any] | None:
     """The record of a spec on the data as they are now, on whatever data where they are not here; None without one."""
     return records.find_record(folder, spec.spec_id, content_sha256(spec.corpus, spec.tokenizer))
@@ -54,10 +58,14 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
     in the given order, each in its own process (under torchrun where `world_size` > 1). After `$PACKLIB_UNTIL`, or when
     the longest arm so far would not end before it, no further arm is started and `OutOfTime` is raised: the next call
     goes on. A `failed` record is kept under `superseded/` and its run tried again. Raises `FileNotFoundError` for a
-    corpus that is not here, before any arm starts.
+    corpus that is not here, before any arm starts, and `SweepFailed` where several arms all failed, each reason once.
     """
     specs = list(specs)
     contents = {(spec.corpus, spec.tokenizer): content_sha256(spec.corpus, spec.tokenizer) for spec in specs}
+    for spec in specs:
+        content = contents[spec.corpus, spec.tokenizer]
+        if content is None and records.find_record(folder, spec.spec_id, None) is None:
+            raise FileNotFoundError(f"corpus {spec.corpus!r} is not here, and {spec.strategy} has no record on it")
     until = float(os.environ.get(UNTIL, "inf"))
     longest, done = 0.0, []
     for i, spec in enumerate(specs):
@@ -71,7 +79,7 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
             progress(f"{title}: has a record")
             done.append(record)
         elif content is None:
-            raise FileNotFoundError(f"corpus {spec.corpus!r} is not here, and {spec.strategy} has no record on it")
+            raise FileNotFoundError(f"corpus {spec.corpus!r} is not here, and {spec.strategy} failed on it before")
         elif time.time() + longest > until:
             progress(f"{title}: left for the next call")
         else:
@@ -80,6 +88,9 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
             longest = max(longest, time.monotonic() - started)
     if left := len(specs) - len(done):
         raise OutOfTime(f"{left} of {len(specs)} arms are left for the next call")
+    if len(done) > 1 and all(record["status"] == "failed" for record in done):
+        reasons = dict.fromkeys(str(record["error"]) for record in done)
+        raise SweepFailed(f"all {len(done)} arms failed: {'; '.join(reasons)}")
     return done
 
 
