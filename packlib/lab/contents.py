@@ -9,6 +9,8 @@ start at once, so nothing heavy is imported here.
 from __future__ import annotations
 
 import copy
+import os
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,8 +33,9 @@ class Contents(AsyncLargeFileManager):
             return await super().save(model, path)
         notebook = nbformat.from_dict(model["content"])
         if executed.exists() or any(cell.get("outputs") for cell in notebook.cells):
+            home = os.path.relpath(Path(self.root_dir, path.strip("/")).parent, executed.parent)
             with atomic_write(executed) as file:
-                file.write(nbformat.writes(notebook) + "\n")
+                file.write(nbformat.writes(linked(notebook, Path(home).as_posix())) + "\n")
         return await super().save(model | {"content": stripped(notebook)}, path)
 
     async def get(self, path: str, content: bool = True, **options: Any) -> dict[str, Any]:
@@ -61,6 +64,15 @@ def stripped(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     bare.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": {"name": "python"}})
     return bare
+
+
+def linked(notebook: nbformat.NotebookNode, home: str) -> nbformat.NotebookNode:
+    """A copy whose relative links start from `home`, the folder of the tracked notebook."""
+    moved = copy.deepcopy(notebook)
+    for cell in moved.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\((?!\w+:|#)", f"]({home}/", cell.source)
+    return moved
 
 
 def put_back(notebook: nbformat.NotebookNode, executed: nbformat.NotebookNode) -> None:

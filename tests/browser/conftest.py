@@ -34,6 +34,29 @@ SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 
+# Texts of an element whose contrast with what lies behind them is below WCAG's 4.5 (3 for large letters).
+HARD_TO_READ = """element => {
+    const parse = color => (color.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+    const over = ([r, g, b, a = 1], [R, G, B]) => [r * a + R * (1 - a), g * a + G * (1 - a), b * a + B * (1 - a)];
+    const behind = node => node ? over(parse(getComputedStyle(node).backgroundColor), behind(node.parentElement))
+                                : [255, 255, 255];
+    const linear = value => value <= 10.31 ? value / 3294.6 : ((value / 255 + 0.055) / 1.055) ** 2.4;
+    const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+    const found = [];
+    const texts = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const text = texts.currentNode.data.trim(), node = texts.currentNode.parentElement;
+        if (!text || !node.checkVisibility({checkOpacity: true, checkVisibilityCSS: true})) continue;
+        if (!node.getClientRects().length || node.closest("script, style, svg")) continue;
+        const looks = getComputedStyle(node), size = parseFloat(looks.fontSize);
+        const ground = behind(node), [a, b] = [light(over(parse(looks.color), ground)), light(ground)];
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        const large = size >= 24 || (size >= 18.66 && looks.fontWeight >= 700);
+        if (ratio < (large ? 3 : 4.5)) found.push(`${ratio.toFixed(1)}: ${text.slice(0, 60)}`);
+    }
+    return found;
+}"""
+
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_running():
@@ -82,16 +105,26 @@ def lab(desk, tmp_path_factory):
         file = own / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values), encoding="utf-8")
-    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
+    folders = (
+        "JUPYTER_CONFIG_DIR",
+        "JUPYTER_DATA_DIR",
+        "JUPYTER_RUNTIME_DIR",
+        "JUPYTERLAB_WORKSPACES_DIR",
+        "IPYTHONDIR",
+    )
     environment = os.environ | {name: str(own / name) for name in folders}
     environment["JUPYTERLAB_SETTINGS_DIR"] = str(own / "settings")
     environment["OMP_NUM_THREADS"] = "1"
     port = free_port()
     dry = subprocess.run(
-        ["make", "-n", "lab", f"PYTHON={sys.executable}", "VENV="], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+        ["make", "-n", "lab", f"PYTHON={sys.executable}", "VENV="],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
     )
     command = [*shlex.split(dry.stdout), "--no-browser", "--allow-root", "--IdentityProvider.token="]
-    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
+    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.disable_check_xsrf=True"]
     with open(own / "log", "w", encoding="utf-8") as log:
         server = subprocess.Popen(command, cwd=desk, env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://localhost:{port}"

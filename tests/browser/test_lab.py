@@ -1,15 +1,17 @@
 """JupyterLab as people use it: open a notebook, run all, look, move a slider, follow a link, save."""
 
+import json
 import re
 import time
+import urllib.request
 
 import nbformat
 import pytest
 
 from packlib.lab import reproduce
-from tests.browser.conftest import PICTURES
+from tests.browser.conftest import HARD_TO_READ, PICTURES
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(200)]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 NOTEBOOKS = [path.stem for path in reproduce.notebooks()]
 # What JupyterLab itself writes to the console when all is well.
 NOISE = re.compile("(?!)")
@@ -37,19 +39,22 @@ class Desk:
         self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
 
     def menu(self, *labels):
+        """Click through the menu bar: `menu("Settings", "Theme", "JupyterLab Dark")`."""
         self.page.locator(".lm-MenuBar-item", has_text=labels[0]).click()
         for label in labels[1:]:
-            self.page.locator(".lm-Menu-item", has_text=re.compile(f"^{label}")).last.click()
+            label = self.page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{label}$")).last
+            self.page.locator(".lm-Menu-item:not(.lm-mod-disabled)", has=label).last.click()
 
     def run_all(self, seconds):
         self.menu("Run", "Run All Cells")
         prompts = self.page.locator(".jp-CodeCell > .jp-Cell-inputWrapper .jp-InputPrompt")
+        error = self.page.locator('[data-mime-type="application/vnd.jupyter.error"]')
         until = time.monotonic() + seconds
         while any(not re.fullmatch(r"\[\d+\]:", text) for text in prompts.all_inner_texts()):
-            assert time.monotonic() < until, f"not ended after {seconds} s: {prompts.all_inner_texts()}"
-            error = self.page.locator('.jp-RenderedText[data-mime-type="application/vnd.jupyter.error"]')
             assert not error.count(), error.first.inner_text()
+            assert time.monotonic() < until, f"not ended after {seconds} s: {prompts.all_inner_texts()}"
             self.page.wait_for_timeout(200)
+        assert not error.count(), error.first.inner_text()
 
     def save(self):
         self.page.keyboard.press("Control+s")
@@ -58,12 +63,19 @@ class Desk:
     def picture(self, name):
         self.page.screenshot(path=PICTURES / f"{name}.png")
 
+    def close(self):
+        """Close the page and end its kernels."""
+        self.page.close()
+        for session in json.load(urllib.request.urlopen(f"{self.address}/api/sessions")):
+            request = urllib.request.Request(f"{self.address}/api/sessions/{session['id']}", method="DELETE")
+            urllib.request.urlopen(request).close()
+
 
 @pytest.fixture
 def at(chromium, lab):
-    page = chromium.new_page(viewport={"width": 1440, "height": 1000})
-    yield Desk(page, lab)
-    page.close()
+    desk = Desk(chromium.new_page(viewport={"width": 1440, "height": 1000}), lab)
+    yield desk
+    desk.close()
 
 
 def test_opens_the_first_notebook_with_the_repository_as_root(at):
@@ -81,9 +93,13 @@ def test_notebook_runs(name, at, desk):
     path = desk / "notebooks" / f"{name}.ipynb"
     before = path.read_bytes()
     at.open(name)
-    at.run_all(120)
+    too_wide = at.page.locator(".jp-CodeCell .cm-scroller").evaluate_all(
+        "boxes => boxes.filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.innerText)"
+    )
+    assert not too_wide, "code is as wide as the page, with the file browser open, at 1440 pixels"
+    at.run_all(200)
     if name in SLIDERS:
-        move_sliders(at)
+        move_a_slider(at.page)
     at.picture(name)
     at.save()
     executed = nbformat.read(desk / "papermill_runs" / "explore" / path.name, 4)
@@ -91,3 +107,49 @@ def test_notebook_runs(name, at, desk):
     assert all(cell.execution_count for cell in cells) and any(cell.outputs for cell in cells)
     assert path.read_bytes() == before, "the tracked notebook is as it was"
     assert not at.wrong
+
+
+def move_a_slider(page):
+    """The figure above a slider is drawn again when the slider is moved."""
+    drawn, handle = page.locator(DRAWN), page.locator(".widget-slider .noUi-handle").first
+    before = drawn.get_attribute("src")
+    handle.focus()
+    page.keyboard.press("PageUp")
+    page.wait_for_function("([drawn, before]) => document.querySelector(drawn).src != before", arg=[DRAWN, before])
+    assert drawn.get_attribute("alt")
+
+
+def test_what_was_run_is_there_when_it_is_opened_again(at, desk):
+    """After `test_notebook_runs`; the tracked notebook itself has no outputs."""
+    name = NOTEBOOKS[0]
+    assert not any(cell.get("outputs") for cell in nbformat.read(desk / "notebooks" / f"{name}.ipynb", 4).cells)
+    at.open(name)
+    assert at.page.locator(".jp-OutputArea-output img[alt]").count()
+
+
+def test_links_lead_to_notebooks(at):
+    at.open(NOTEBOOKS[0])
+    at.page.locator(".jp-RenderedMarkdown a", has_text=NOTEBOOKS[2]).first.click()
+    at.page.wait_for_selector(f'.lm-TabBar-tab.jp-mod-current[title*="{NOTEBOOKS[2]}"]')
+    assert not at.wrong
+
+
+def test_dark(at):
+    at.open(NOTEBOOKS[0])
+    at.menu("Settings", "Theme", "JupyterLab Dark")
+    at.page.wait_for_selector('body[data-jp-theme-light="false"]')
+    at.picture("dark")
+    assert not at.page.locator(".jp-NotebookPanel").evaluate(HARD_TO_READ)
+    at.menu("Settings", "Theme", "JupyterLab Light")
+    assert not at.wrong
+
+
+def test_a_cell_that_takes_long_says_so(at, desk):
+    cells = ["from packlib.lab import live\nlive.say_when_a_cell_takes_long()", "import time\ntime.sleep(5)"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbformat.write(notebook, desk / "notebooks" / "slow.ipynb")
+    at.open("slow")
+    at.menu("Run", "Run All Cells")
+    at.page.locator(".jp-OutputArea-output small", has_text="running").wait_for()
+    assert at.page.locator(".jp-InputPrompt", has_text="[*]").count(), "while it runs"
+    at.page.locator(".jp-OutputArea-output small", has_text=re.compile(r"took \d s")).wait_for()

@@ -1,0 +1,110 @@
+"""The book as a reader sees it: every page, at the width of a telephone and of a screen, light and dark."""
+
+import functools
+import subprocess
+import sys
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+
+from tests.browser.conftest import HARD_TO_READ, PICTURES
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+TELEPHONE, SCREEN = 390, 1500
+
+
+@pytest.fixture(scope="module")
+def book(desk):
+    """Of the published run, and of what JupyterLab left in `explore` for the other notebooks."""
+    command = [sys.executable, "-m", "packlib", "book", "h200", "explore", "--output", str(desk / "book")]
+    done = subprocess.run(command, cwd=desk, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    return desk / "book"
+
+
+def pages(book):
+    return sorted(path for path in book.rglob("*.html") if "_static" not in path.parts)
+
+
+@functools.cache
+def parsed(path):
+    return BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+
+
+@functools.cache
+def anchors(path):
+    return {tag["id"] for tag in parsed(path).select("[id]")}
+
+
+def dead_links(path):
+    """Addresses on a page, of this site, at which there is nothing."""
+    dead = []
+    for tag in parsed(path).select("[href], [src]"):
+        address = urlsplit(tag.get("href") or tag.get("src"))
+        if address.scheme or address.netloc:
+            continue
+        target = (path.parent / unquote(address.path)).resolve() if address.path else path
+        anchor = unquote(address.fragment)
+        if not target.is_file() or (anchor and target.suffix == ".html" and anchor not in anchors(target)):
+            dead.append(address.geturl())
+    return dead
+
+
+def without_alt(path):
+    return [str(image)[:100] for image in parsed(path).select("img") if not image.get("alt", "").strip()]
+
+
+def test_every_notebook_and_report_is_a_page(book):
+    names = {path.relative_to(book).as_posix() for path in pages(book)}
+    assert {"index.html", "search.html", "papermill_runs/LOG.html", "papermill_runs/h200/report.html"} <= names
+    assert sum(name.startswith("notebooks/0") for name in names) == 10
+    first = (book / "notebooks" / "06_measure_throughput_and_memory.html").read_text(encoding="utf-8")
+    assert "Shown as run" in first and "NVIDIA H200" in first
+
+
+def test_no_link_is_dead_and_no_image_is_without_description(book):
+    found = {path.name: (dead_links(path), without_alt(path)) for path in pages(book)}
+    assert len(found) > 20 and not {name: both for name, both in found.items() if any(both)}
+
+
+def test_pages_are_readable(book, chromium):
+    wrong = {}
+    page = chromium.new_page()
+    for path in pages(book):
+        name = path.relative_to(book).with_suffix("").as_posix().replace("/", "-")
+        page.set_viewport_size({"width": TELEPHONE, "height": 800})
+        page.emulate_media(color_scheme="light")
+        page.goto(path.as_uri())
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        page.screenshot(path=PICTURES / f"book-{name}-{TELEPHONE}.png", full_page=True)
+        page.set_viewport_size({"width": SCREEN, "height": 1000})
+        page.screenshot(path=PICTURES / f"book-{name}-{SCREEN}.png", full_page=True)
+        pale = page.locator("body").evaluate(HARD_TO_READ)
+        page.emulate_media(color_scheme="dark")
+        dark = page.locator("body").evaluate(HARD_TO_READ)
+        if wide > TELEPHONE or pale or dark:
+            wrong[name] = (wide, pale[:3], dark[:3])
+    page.close()
+    assert not wrong
+
+
+def test_search_finds(book, chromium):
+    page = chromium.new_page()
+    page.goto((book / "search.html").as_uri() + "?q=isolation")
+    page.locator("#search-results li a", has_text="Isolation").or_(
+        page.locator("#search-results li a")
+    ).first.wait_for()
+    page.close()
+
+
+def test_what_is_wrong_with_a_page_is_noticed(tmp_path, chromium):
+    bad = tmp_path / "bad.html"
+    bad.write_text(
+        '<p style="color: #bbb">pale</p><p>dark</p><img src="bad.html"><a href="none.html">x</a><a href="#y">y</a>'
+    )
+    assert dead_links(bad) == ["none.html", "#y"] and len(without_alt(bad)) == 1
+    page = chromium.new_page()
+    page.goto(bad.as_uri())
+    assert page.locator("body").evaluate(HARD_TO_READ) == ["1.9: pale"]
+    page.close()
