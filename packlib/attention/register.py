@@ -311,8 +311,11 @@ def _poisoned(out: Tensor, position_ids: Tensor | None) -> Tensor:
 
 def _counts_pads(module: nn.Module) -> bool:
     """Whether this forward collects router logits, from which a load-balancing loss is made."""
-    if getattr(getattr(module, "config", None), "output_router_logits", False):
-        return True
+    return getattr(getattr(module, "config", None), "output_router_logits", False) or _collects_router_logits()
+
+
+@torch.compiler.assume_constant_result  # asked when a layer is compiled: a context variable would cut its graph in two
+def _collects_router_logits() -> bool:
     try:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:
