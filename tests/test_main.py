@@ -2,14 +2,17 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
+import time
 
 import pytest
+from PIL import Image
 
 from packlib import __main__
 from packlib.__main__ import main
-from packlib.lab import reproduce
+from packlib.lab import report, reproduce
 from packlib.lab.small_models import small_model
 from packlib.lab.strategies import STRATEGIES
 
@@ -24,7 +27,8 @@ HEAVY = {"numpy", "torch", "transformers", "pandas", "matplotlib", "datasets", "
 
 
 def test_the_commands_are_those_of_the_design():
-    assert list(commands()) == ["reproduce", "advise", "isolation", "matrix", "strategies", "tables"]
+    expected = ["reproduce", "presets", "corpora", "advise", "isolation", "book", "matrix", "strategies", "tables"]
+    assert list(commands()) == expected
 
 
 def test_strategies_are_listed(capsys):
@@ -87,7 +91,9 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
         (["reproduce", "smok"], "ValueError: unknown preset 'smok' (did you mean 'smoke'?); known: "),
         (["reproduce", "smoke", "--only", "77"], "ValueError: unknown notebook '77'; known: 00_start_here"),
         (["advise", "no-such.jsonl"], "no-such.jsonl"),
-        (["isolation", "./no/such/folder"], "OSError: './no/such/folder' is no folder here"),
+        (["isolation", "./no/such/folder"], "OSError: model './no/such/folder' is no file or folder here"),
+        (["isolation", "lama"], "ValueError: unknown model 'lama' (did you mean 'llama'?); known: "),
+        (["advise", "x.jsonl", "--out", "x.pdf"], "ValueError: --out = 'x.pdf'; expected a file that ends in .png"),
     ],
 )
 def test_an_error_is_a_sentence_and_an_exit_code(arguments, message, capsys):
@@ -127,7 +133,7 @@ def test_the_options_of_reproduce_are_handed_over(monkeypatch, capsys, tmp_path)
         return tmp_path
 
     monkeypatch.setattr(reproduce, "reproduce", stand_in)
-    monkeypatch.setattr(reproduce, "headline", lambda folder: "the table")
+    monkeypatch.setattr(report, "headline", lambda folder: "the table")
     assert main(["reproduce", "smoke", "--output", "mine", "--only", "06", "07", "--minutes", "2"]) == 0
     assert asked == {"preset": "smoke", "output": "mine", "only": ["06", "07"], "minutes": 2.0}
     said = capsys.readouterr().out
@@ -138,6 +144,66 @@ def test_the_module_runs_and_what_it_prints_can_be_piped():
     command = [sys.executable, "-m", "packlib", "strategies"]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.splitlines()[1].split() == ["padding", "padded", "segment"], "nothing but the answer is there"
+
+
+def test_reproduce_says_something_before_it_imports_anything():
+    """Within three seconds, on a busy machine in CPU time."""
+    code = f"""
+import sys, time
+from packlib.__main__ import main
+class Said(Exception): pass
+class First:
+    def write(self, text):
+        sys.__stdout__.write(f"{{time.process_time()}} {{sorted({HEAVY} & sys.modules.keys())}} {{text}}")
+        raise Said
+    def flush(self): pass
+sys.stderr = First()
+try:
+    main(["reproduce", "smoke"])
+except Said:
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    seconds, heavy, text = done.stdout.strip().split(maxsplit=2)
+    assert float(seconds) < 3 and heavy == "[]" and text == "reproduce smoke: reading the notebooks"
+
+
+def test_presets_are_listed(capsys):
+    assert main(["presets"]) == 0
+    text = capsys.readouterr().out
+    for name in reproduce.presets():
+        assert re.search(rf"^{name} +\S.*; (about \d+ minutes|not timed yet); notebooks \d\d", text, re.MULTILINE), name
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("model", ["mistral-7c", "some/where", "./no-such-folder"])
+def test_an_unknown_model_fails_at_once_without_the_hub(model, tmp_path, capsys):
+    """Without a network a client of the Hub asks six times, for half a minute a file."""
+    begun = time.monotonic()
+    assert main(["advise", str(jsonl(tmp_path)), "--model", model]) == 1
+    said = capsys.readouterr().err
+    assert model in said and "Retrying" not in said and time.monotonic() - begun < 10
+
+
+def jsonl(folder, examples=64):
+    path = folder / "mine.jsonl"
+    lines = [json.dumps({"text": "packing " * (1 + i % 9) + str(i)}) for i in range(examples)]
+    path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    return path
+
+
+def test_advice_says_why_it_reads_fewer_and_draws(tmp_path, capsys):
+    path, picture = jsonl(tmp_path), tmp_path / "advice.png"
+    assert main(["advise", str(path), "--tokenizer", "bpe:300", "--out", str(picture)]) == 0
+    text = capsys.readouterr().out
+    read = int(re.search(r"\((\d+) of the file's 64 examples read: one in 16,", text)[1])
+    assert 48 < read < 64 and f"\n{read} examples, " in text
+    prose = text.split("DynaPipe, padded")[1].splitlines()[1:]
+    assert max(map(len, prose)) <= 100
+    with Image.open(picture) as image:
+        assert image.info["Description"].startswith("Predicted")
+    assert main(["advise", str(path), "--tokenizer", "bpe:300", "--limit", "20"]) == 0
+    assert "20 of the file's 64 examples read: a random subset, as asked" in " ".join(capsys.readouterr().out.split())
 
 
 def test_isolation_judges_models_by_folder_and_by_type(tmp_path, capsys):

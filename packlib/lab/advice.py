@@ -5,18 +5,23 @@
 
 from __future__ import annotations
 
+import gzip
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from packlib.lab.corpora import EVAL_SHARE, located
 from packlib.lab.costs import Calibration, calibrate, comparable
 from packlib.lab.strategies import STRATEGIES, Strategy, plan_for
 from packlib.plans import CostModel, Plan, PlanReport
 
 CAPACITIES = 2 ** np.arange(7, 18)
 WORTH = 1.05  # a speed-up below this is not worth a change
+WIDTH = 100  # columns of the text, of which tables have a few more
 MANY = 100_000  # the dynamic programme of dynapipe takes minutes above this
 
 
@@ -55,8 +60,9 @@ class Advice:
         d = self.data
         quantiles = f"mean {d['mean']:.0f}, p50 {d['p50']:.0f}, p99 {d['p99']:.0f}, longest {d['longest']:,}"
         head = f"{d['examples']:,} examples, {d['tokens']:,} tokens; {quantiles}"
-        lost = "   ".join(f"{capacity:,}: {share:.1%}" for capacity, share in self.lost_by_capacity.items())
-        lines = [head, "", *text_histogram(d["histogram"]), "", f"tokens lost by truncating at   {lost}", ""]
+        lost = "   ".join(f"{capacity:,}:\u00a0{share:.1%}" for capacity, share in self.lost_by_capacity.items())
+        lost = textwrap.fill(f"tokens lost by truncating at   {lost}", WIDTH, subsequent_indent=" " * 31)
+        lines = [head, "", *text_histogram(d["histogram"]), "", lost.replace("\u00a0", " "), ""]
         numbers = f"{'rows':>9}{'steps':>8}{'ex./step':>9}{'waste':>7}{'fill':>7}{'cut':>7}"
         lines.append(f"{'strategy':34}{numbers}{'speed-up':>15}{'peak GB':>14}")
         for p in self.strategies:
@@ -66,7 +72,27 @@ class Advice:
             speed = _plus_minus(p.speed_up, p.speed_up_error)
             peak = _plus_minus(p.peak_memory_bytes / 1e9, p.peak_memory_error)
             lines.append(f"{p.label:34}{numbers}{speed:>15}{peak:>14}")
-        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes), "", self.recommendation])
+        notes = [textwrap.fill(f"- {note}", WIDTH, subsequent_indent="  ") for note in self.notes]
+        return "\n".join([*lines, "", *notes, "", textwrap.fill(self.recommendation, WIDTH)])
+
+
+def read_note(name: str, read: int, limit: int | None = None) -> str:
+    """Why advice on a corpus reads fewer examples than its file has; empty where it reads all.
+
+    name: of the corpus, as for `load_corpus`. read: examples that it gave. limit: what it was asked for.
+    """
+    if name.endswith(".npz") or "{split}" in name:
+        return f"{read:,} examples read: a random subset, as asked" if limit == read else ""
+    path = Path(located(name))
+    count = f"{read:,} examples read"
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
+            total = sum(bool(line.strip()) for line in lines)
+        if total == read:
+            return ""
+        count = f"{read:,} of the file's {total:,} examples read"
+    why = f"one in {EVAL_SHARE}, chosen by its own hash, is held out for evaluation"
+    return f"{count}: {f'a random subset, as asked, and {why}' if limit == read else why}"
 
 
 def advise(

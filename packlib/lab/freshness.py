@@ -80,10 +80,19 @@ def _named(parameters: Any, folder: Path) -> Iterator[Path]:
     yield from (records.runs_folder() / "isolation").glob("*.json")
     for text in _strings(parameters):
         path = Path(located(text))
-        yield from (p for p in path.parent.glob(path.name.replace("{split}", "*")) if p.is_file())
-        if text and not path.is_absolute() and ".." not in path.parts:
-            runs = (run for run in records.runs_folder().glob(text) if run.resolve() != folder.resolve())
+        if path.name:
+            yield from (p for p in _glob(path.parent, path.name.replace("{split}", "*")) if p.is_file())
+        if path.name and not path.is_absolute() and ".." not in path.parts:
+            runs = (run for run in _glob(records.runs_folder(), text) if run.resolve() != folder.resolve())
             yield from (p for run in runs for p in run.glob("records/*.json"))
+
+
+def _glob(folder: Path, pattern: str) -> list[Path]:
+    """Paths in a folder that match; none for what is no pattern at all."""
+    try:
+        return list(folder.glob(pattern))
+    except (ValueError, OSError):
+        return []
 
 
 def _strings(value: Any) -> Iterator[str]:

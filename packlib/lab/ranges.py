@@ -171,12 +171,23 @@ def _groups() -> Iterable[str]:
     return GROUPS
 
 
+def _rungs() -> list[str]:
+    from packlib.lab.studies.ladder import CLIMBS
+
+    return [rung.name for climb in CLIMBS.values() for rung in climb]
+
+
+def _rung_or_none() -> list[str]:
+    return ["", *_rungs()]
+
+
 COUNT, COUNTS = at_least(1), some(at_least(1))
 FIELDS = [field.name for field in fields(RunSpec)]
 RULES: dict[str, Rule] = {
     "batch_size": COUNT,
     "batch_sizes": COUNTS,
     "chunks": COUNTS,
+    "climbs": some(in_keys([*FIELDS, "climb", "rungs", "keep"])),
     "corpora": some(some()),
     "corpus": some(),
     "corpus_name": some(),
@@ -192,12 +203,16 @@ RULES: dict[str, Rule] = {
     "grown": COUNT,
     "head_dim": COUNT,
     "heads": heads,
+    "here": one_of(_rung_or_none),
+    "hybrid": one_of(_model_types),
     "kernel": one_of(["auto", *KERNELS]),
     "layers": COUNT,
     "learning_rate": at_least(0, above=True),
     "lengths": COUNTS,
     "limit": COUNT,
+    "lora_rank": at_least(0),
     "matrix": one_of(["published", "run"]),
+    "matrix_attentions": some(some()),
     "matrix_models": some(one_of(_model_types)),
     "max_tokens": at_least(2),
     "mean_length": COUNT,
@@ -212,6 +227,7 @@ RULES: dict[str, Rule] = {
     "records_run": anything,
     "repeats": COUNT,
     "run": some(),
+    "rungs": each(one_of(_rungs)),
     "safe_models": some(one_of(_model_types)),
     "seed": at_least(0),
     "seeds": some(at_least(0)),
@@ -232,4 +248,5 @@ OF_NOTEBOOK: dict[str, dict[str, Rule]] = {
     "04": {"dtype": one_of(["float32", "bfloat16", "float64"])},
     "06": {"batch_sizes": each(COUNT)},  # none: no curve
     "07": {"layers": at_least(0)},  # 0: as published
+    "08": {"device": one_of(["cpu", "cuda"])},
 }

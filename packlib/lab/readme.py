@@ -1,4 +1,4 @@
-"""`python -m packlib tables`: every measured number of README.md, written from the records of published runs.
+"""`python -m packlib tables`: every measured number of README.md, and published reports, written from records.
 
 A block begins with `<!-- table: NAME RUN -->` and ends with `<!-- end -->`; between them stands `BLOCKS[NAME]` of
 papermill_runs/RUN/records, nothing where they hold nothing for it. The figure's alt text has all of its numbers and is
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from packlib.lab import figures, paper, records, tables
+from packlib.lab import doubts, figures, paper, records, report, tables
 from packlib.lab.parameters import unknown_name
 from packlib.lab.studies import convergence
 from packlib.lab.studies import paper as comparison
@@ -95,7 +95,7 @@ def claim(frame: pd.DataFrame, run: str) -> str:
 
 
 def headline(frame: pd.DataFrame, run: str) -> str:
-    """The table of the headline, and what it was measured on."""
+    """The table of the headline, what it was measured on, and whether the run's controls hold."""
     speed = _speed(frame)
     used = speed[(speed["model"] == MODEL) & (speed["status"] == "ok")]
     one = used.iloc[0]
@@ -110,7 +110,8 @@ def headline(frame: pd.DataFrame, run: str) -> str:
     gap = _largest_gap(used, records.read_records(records.run_folder(run, create=False)))
     parity = f"Arms that get the same mini-batches agree in training loss to {gap:.3f} nats at every step."
     table = _headline(frame).assign(fill=np.nan)
-    return f"{_markdown(table)}\n\n{where}. {parity}"
+    doubted = "".join(f"\n\n> [!CAUTION]\n> 🔴 **{doubt}**" for doubt in doubts.doubts(frame))
+    return f"{_markdown(table)}\n\n{where}. {parity}{doubted}"
 
 
 def _largest_gap(used: pd.DataFrame, found: Iterable[Mapping[str, Any]]) -> float:
@@ -215,11 +216,27 @@ def _description(picture: Path) -> str | None:
 
 
 def update(*, check: bool = False) -> str:
-    """Write README.md anew; returns what was done. check: write nothing, raise `ValueError` where it differs."""
+    """Write README.md anew, and the reports of the runs that it names; returns what was done.
+
+    check: write nothing, raise `ValueError` where one of them differs.
+    """
     path = records.project_root() / "README.md"
     text, stale = render(path.read_text(encoding="utf-8"), draw=not check)
+    runs = sorted({match[3] for match in BLOCK.finditer(text)})
+    old = [run for run in runs if not _reported(records.run_folder(run, create=False))]
     if check and stale:
         raise ValueError(f"README.md is not what the records say: {', '.join(stale)}; run make tables")
+    if check and old:
+        raise ValueError(f"report.md of {', '.join(old)} is not what the records say; run make tables")
     if stale:
         path.write_text(text, encoding="utf-8")
-    return f"README.md: {', '.join(stale) or 'nothing'} to change"
+    for run in old:
+        report.write_report(records.run_folder(run))
+    reports = f"; report.md: {', '.join(old) or 'nothing'} to change"
+    return f"README.md: {', '.join(stale) or 'nothing'} to change{reports}"
+
+
+def _reported(folder: Path) -> bool:
+    """Whether a run's report, if it has one, is what its records and summaries say."""
+    path = folder / "report.md"
+    return not path.exists() or path.read_text(encoding="utf-8") == report.render(folder)

@@ -1,7 +1,7 @@
 """Presets -> papermill -> executed notebooks, records, figures and a report.
 
-A preset is `papermill_runs/presets/<name>.yaml`: `description` (what it is for), `hardware`, `minutes` (about how many it
-takes there), and `notebooks`, mapping a notebook to its parameters.
+A preset is `papermill_runs/presets/<name>.yaml`: `description` (what it is for), `hardware`, `minutes` (about how
+many it takes there, where that is known), and `notebooks`, mapping a notebook to its parameters.
 Each notebook's last cell writes `summaries/<notebook>.json`; a notebook counts as done only when papermill succeeded
 and that file is new. A call resumes where the one before stopped: what has a record is not run again.
 """
@@ -28,7 +28,6 @@ import yaml
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 
-from packlib.atomic import atomic_write
 from packlib.lab import experiment, records
 from packlib.lab.freshness import Freshness
 from packlib.lab.notebook import alarm
@@ -57,7 +56,8 @@ def listing() -> str:
     for name, path in presets().items():
         preset = yaml.safe_load(path.read_text(encoding="utf-8"))
         numbers = " ".join(notebook[:2] for notebook in preset["notebooks"])
-        facts = f"{preset['hardware']}; about {preset['minutes']:g} minutes; notebooks {numbers}"
+        minutes = f"about {preset['minutes']:g} minutes" if "minutes" in preset else "not timed yet"
+        facts = f"{preset['hardware']}; {minutes}; notebooks {numbers}"
         text = textwrap.wrap(preset["description"].strip(), WIDTH - 10)
         told.append("\n".join([f"{name:10}{facts}", *(f"{'':10}{line}" for line in text)]))
     return "\n\n".join(told)
@@ -143,7 +143,8 @@ def _papermill(
 ) -> None:
     """papermill in a thread: in the main one nbclient answers Ctrl-C, with a traceback for everything that waits.
 
-    tick: called a few times a second. stderr: of the kernel's process, not of its cells. On Ctrl-C the kernel is interrupted, as by hand, so that its arm ends before it.
+    tick: called a few times a second. stderr: of the kernel's process, not of its cells. On Ctrl-C the kernel is
+    interrupted, as by hand, so that its arm ends before it.
     """
     kernels: list[AsyncKernelManager] = []
     ended: list[BaseException | None] = []
@@ -188,7 +189,7 @@ def _papermill(
 
 
 def _end(kernel: AsyncKernelManager, thread: threading.Thread) -> None:
-    """Interrupt a kernel until its notebook has ended, for PATIENCE seconds; then kill what is left of its processes."""
+    """Interrupt a kernel until its notebook has ended, for PATIENCE seconds; then kill what is left of its group."""
     process = kernel.provisioner
     group = getattr(process, "pgid", None)
     for _ in range(PATIENCE):
@@ -220,7 +221,7 @@ def _publishable(path: Path, folder: Path, doubts: Sequence[str] = ()) -> None:
     up = Path(os.path.relpath(root.resolve() / "notebooks", folder.resolve())).as_posix()
     for cell in notebook.cells:
         if inside and cell.cell_type == "markdown":
-            cell.source = re.sub(r"\]\((?!\w+:|#|\.\./)", f"]({up}/", cell.source)
+            cell.source = re.sub(r"\]\((?!\w+:|#)", f"]({up}/", cell.source)
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
     if doubts:

@@ -12,6 +12,7 @@ from nbconvert import HTMLExporter
 from PIL import Image
 
 from packlib.lab import figures, notebook, records, reproduce
+from packlib.lab.doubts import Doubt
 
 TAGGED = 'run = "explore"  # a folder\nseed = 0  # of everything\nrates = [0.5]  # of learning'
 INJECTED = "# Parameters\nseed = 3\n"
@@ -75,6 +76,8 @@ def test_papermill_itself_fails_at_an_unknown_parameter(tmp_path):
     done = papermill(copy, tmp_path, "-p", "edited_exampl", "1", "-p", "run", str(tmp_path / "run"))
     assert done.returncode != 0 and "unknown parameter 'edited_exampl' (did you mean 'edited_example'?)" in done.stderr
     assert "known: edited_example, examples, kernel, run, seed, vocab_size" in done.stderr
+    done = papermill(copy, tmp_path, "-p", "edited_example", "9", "-p", "run", str(tmp_path / "run"))
+    assert done.returncode != 0 and "edited_example = 9; expected an index of the 4 examples, 0 to 3" in done.stderr
     assert not (tmp_path / "run").exists(), "nothing was made for it"
 
 
@@ -105,10 +108,20 @@ def test_a_run_starts_shows_and_ends(tmp_path, shown):
         assert image.info["Description"] == figure.alt
     assert [path.name for path in kept.parent.iterdir()] == ["02_a.png"]
     summary = records.read_json(tmp_path / "here" / "summaries" / "02_pack_with_position_ids.json")
-    assert summary == {"title": run.title, "findings": ["one", "two"], "figures": {"02_a": figure.alt}}
+    figures_shown = {"02_a": figure.alt}
+    assert summary == {"title": run.title, "doubts": [], "findings": ["one", "two"], "figures": figures_shown}
     assert shown[-1].data == "- one\n- two"
     report = reproduce.write_report(run.folder).read_text(encoding="utf-8")
     assert f"![{figure.alt}](figures/02_a.png)" in report
+
+
+def test_doubts_come_first_and_in_red(tmp_path, shown):
+    run = notebook.Run("06_x", "x", records.run_folder(tmp_path))
+    notebook.finish(["one", Doubt("off by <1>"), "two"], run)
+    red, rest = shown
+    assert "alert-danger" in red.data and "🔴 off by &lt;1&gt;" in red.data and rest.data == "- one\n- two"
+    summary = records.read_json(tmp_path / "summaries" / "06_x.json")
+    assert summary["doubts"] == ["off by <1>"] and summary["findings"] == ["one", "two"]
 
 
 def test_a_notebook_of_elsewhere_is_called_by_its_name():

@@ -192,7 +192,7 @@ def test_machine_paths_and_widgets_are_taken_out(project, tmp_path, monkeypatch,
 def test_what_is_doubted_stands_below_the_title(project):
     path = write_notebook(project, "01_x", "1 / 2")
     reproduce._publishable(path, project, ["one < two"])
-    title, doubt, *_ = nbformat.read(path, 4).cells
+    _, doubt, *_ = nbformat.read(path, 4).cells
     assert doubt.cell_type == "markdown" and "alert-danger" in doubt.source and "one &lt; two" in doubt.source
     reproduce._publishable(path, project)
     assert len(nbformat.read(path, 4).cells) == 3, "the negative control: nothing is put there without a doubt"
@@ -240,7 +240,7 @@ def test_freshness_depends_on_package_data_and_failures(project, monkeypatch, tm
     notebook = write_notebook(project, "01_first", ENDS)
     data = tmp_path / "mine.jsonl"
     data.write_text("{}", encoding="utf-8")
-    folder, given = records.run_folder("mini"), {"corpora": [str(data)]}
+    folder, given = records.run_folder("mini"), {"corpora": [str(data)], "others": ["", ".", "a**b", "hub:x/y"]}
     (folder / notebook.name).write_text("{}", encoding="utf-8")
     records.write_json(folder / "summaries" / "01_first.json", {})
 
@@ -318,7 +318,7 @@ raise SystemExit(__main__.main(["reproduce", "mini"]))
 # presets
 
 
-def test_presets_are_listed(project, monkeypatch):
+def test_presets_are_listed(project):
     write_notebook(project, "01_first", ENDS)
     write_preset(project, {"01_first": None}, hardware="a machine", minutes=2)
     assert reproduce.listing() == "mini      a machine; about 2 minutes; notebooks 01\n          made up"

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from packlib.lab import advice, experiment, figures, records, reproduce, strategies, tables, worker
+from packlib.lab import advice, experiment, figures, records, report, strategies, tables, worker
 from packlib.lab.spec import RunSpec
 from packlib.lab.strategies import STRATEGIES, Look, Strategy
 from packlib.lab.studies import convergence, paper, planning, throughput, waste
@@ -110,7 +110,7 @@ def test_it_is_measured_and_in_every_table(folder, frame):
     table = tables.against(frame).set_index("strategy")
     assert table.loc[OWN.name, "speed_up"] > 0 and table.loc[OWN.name, "waste"] == 1
     assert OWN.label in set(tables.display_table(table.reset_index())["batching"])
-    assert f"| {OWN.label} |" in reproduce.headline(folder)
+    assert f"| {OWN.label} |" in report.headline(folder)
     assert tables.table_2_rows(frame.iloc[1]) == frame["plan.rows"].iloc[1]
     busy = throughput.utilization_table(table.reset_index())
     assert OWN.name in set(busy["strategy"])
