@@ -149,8 +149,8 @@ def _advise(arguments: argparse.Namespace) -> str:
         head = {"corpus": corpus.name, "tokenizer": corpus.tokenizer_name}
         return json.dumps(head | options | asdict(advice) | ({"rig": asdict(rig)} if rig else {}), indent=1)
     note = read_note(arguments.data, len(corpus.lengths), arguments.limit)
-    head = f"{corpus.name}, tokenizer {corpus.tokenizer_name}{f' ({note})' if note else ''}:"
-    return "\n".join([*textwrap.wrap(head, 100), f"{advice}", *([f"\n{rig}"] if rig else [])])
+    title = f"{corpus.name}, tokenizer {corpus.tokenizer_name}{f' ({note})' if note else ''}:"
+    return "\n".join([*textwrap.wrap(title, 100), f"{advice}", *([f"\n{rig}"] if rig else [])])
 
 
 def _isolation(arguments: argparse.Namespace) -> str:

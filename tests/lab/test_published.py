@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from packlib.__main__ import main
-from packlib.lab import published, tokenizers
+from packlib.lab import experiment, published, tokenizers
 from packlib.lab.corpora import IGNORE_INDEX, load_corpus
+from packlib.lab.spec import RunSpec
 
 PRESET = {
     "description": "made up",
@@ -147,3 +148,18 @@ def test_solved_examples_come_before_some_prompts_and_never_the_row_itself(offli
     longer = [row for row, plain in zip(after, rows * 20) if row["prompt"] != plain["prompt"]]
     assert 0.08 < len(longer) / len(after) < 0.16
     assert all(row["prompt"].count(f"<{row['response'][1:]}>") == 1 for row in after)
+
+
+def test_a_sweep_whose_arms_all_fail_says_why_once(tmp_path, monkeypatch):
+    specs = [RunSpec(corpus="arithmetic", seed=seed) for seed in range(3)]
+    errors = iter(["ValueError: no", "ValueError: no", None, "ValueError: no", "ValueError: no", "ValueError: no"])
+
+    def run_one(spec, run_id, folder, progress):
+        error = next(errors)
+        return {"status": "failed" if error else "ok", "error": error}
+
+    monkeypatch.setattr(experiment, "content_sha256", lambda *names: "0" * 64)
+    monkeypatch.setattr(experiment, "_run_one", run_one)
+    assert len(experiment.run(specs, tmp_path)) == 3, "the negative control: one of them has a result"
+    with pytest.raises(experiment.SweepFailed, match=r"^all 3 arms failed: ValueError: no$"):
+        experiment.run(specs, tmp_path)
