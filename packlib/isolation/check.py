@@ -44,6 +44,7 @@ BatchBuilder = Callable[[list[list[int]]], Mapping[str, Any]]
 LENGTHS = (11, 5, 17, 14)  # 47 tokens: a prime, so that no other dimension of a small model is taken for the row
 REACH = 512  # tokens: thresholds up to here get an example that is longer
 _ROUNDING = 8.0  # how many times the measured noise still counts as rounding
+_NOISE_UNITS = 16.0  # of rounding at the scale of the logits: what moves them more than that is a fault, not noise
 _UNITS = 4.0  # of rounding at the scale of the logits that noise may come to, times the one of equal shapes
 _EAGER_UNITS = 64.0  # the same for two ways to compute attention; eager has its softmax in float32
 
@@ -223,12 +224,12 @@ def _look(
     except (ValueError, NotImplementedError, IndexError, RuntimeError, TypeError, KeyError) as refusal:
         return _refused(refusal, noise=noise, scale=scale)
     # 2. What they say. Where noise happens to be zero, a few units in the last place of the largest logit are rounding.
-    noise = max(noise, *(largest(again[p], packed[p]) for p in places))
+    rounding = _rounding(model)
+    noise = min(max(noise, *(largest(again[p], packed[p]) for p in places)), _NOISE_UNITS * rounding * scale)
     influence = [[largest(m[p], packed[p]) for m in moved] for p in places]
     errors = [largest(packed[p], a) for p, a in zip(places, alone)]
     gradient = input_gradients(model, batches[0], places)
     eager_error = _eager_error(model, examples, alone)
-    rounding = _rounding(model)
     tolerance = _ROUNDING * max(noise, rounding * scale)
     seen, i, j = _worst(influence)
     slope, k, m = _worst(gradient or influence)
