@@ -12,8 +12,8 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,17 @@ def _is_infinite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers says about kernels that are not installed."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
 def run_matrix(
     models: Iterable[str] = MODELS,
     attentions: Sequence[str] = ATTENTIONS,
@@ -164,15 +175,13 @@ def run_matrix(
     About 0.15 s a cell on one core, 0.8 s for FlexAttention and where mixers are isolated.
     """
     register_attention()
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     cells: list[dict[str, Any]] = []
     for model in models:
-        own = [check_cell(model, a, s, d) for a in attentions for s in situations for d in dtypes]
+        with _quiet():
+            own = [check_cell(model, a, s, d) for a in attentions for s in situations for d in dtypes]
         leaks, seconds = sum(cell["verdict"] == "leak" for cell in own), sum(cell["seconds"] for cell in own)
         logger.info("%s: %d of %d cells leak, %.1f s", model, leaks, len(own), seconds)
         cells += own
-    transformers.logging.set_verbosity(verbosity)
     found = {"cells": cells, "disagreements": disagreements(cells)}
     return {"environment": records.environment(), "lengths": LENGTHS} | found
 
@@ -234,14 +243,15 @@ def weighed_examples(seed: int = 0) -> list[dict[str, list[int]]]:
     return [{"input_ids": torch.randint(4, 250, (n,), generator=generator).tolist()} for n in WEIGHED]
 
 
-def repaired(model: PreTrainedModel, lengths: Sequence[int], seed: int = 0) -> tuple[list[IsolationReport], str]:
-    """`check_isolation` before and after `isolate_mixers`, which changes the model, and a sentence on what it did."""
-    before = check_isolation(model, lengths=lengths, seed=seed)
-    wrapped = isolate_mixers(model)
-    after = check_isolation(model, lengths=lengths, seed=seed)
-    kinds = ", ".join(sorted(set(wrapped.values()))) or "nothing"
-    slots = mixer_waste(lengths)
-    return [before, after], f"on one line a segment: {kinds} ({len(wrapped)}); {slots:.2f} slots a token inside"
+def repaired(model_type: str, dtype: str, lengths: Sequence[int], seed: int = 0) -> tuple[list[IsolationReport], str]:
+    """`check_isolation` of a small model on sdpa before and after `isolate_mixers`, and a line on what that did."""
+    with _quiet():
+        model = small_model(model_type, "sdpa", getattr(torch, dtype))
+        before = check_isolation(model, lengths=lengths, seed=seed)
+        wrapped = isolate_mixers(model)
+        after = check_isolation(model, lengths=lengths, seed=seed)
+    names, slots = ", ".join(f"{name} ({kind})" for name, kind in wrapped.items()), mixer_waste(lengths)
+    return [before, after], f"on one line a segment: {names or 'nothing'}; {slots:.2f} slots a token inside"
 
 
 def equivalence(model_type: str, examples: Sequence[Mapping[str, list[int]]]) -> pd.DataFrame:

@@ -117,11 +117,10 @@ def test_weights_of_the_loss_are_those_of_the_examples():
 
 def test_findings_count_the_cells(matrix):
     equal = pd.DataFrame({"gradient_error": [1e-7, 2e-7]})
-    ran, disagree, ours, mended, gradients = isolation.findings(matrix, "float32", equal)
+    ran, disagree, ours, gradients = isolation.findings(matrix, "float32", equal)
     cells = isolation.judged(matrix, "float32")
     assert f": 6 of {(~cells['verdict'].isin(['unsupported', 'refused'])).sum()} combinations" in ran
     assert disagree.startswith("0 of 72 verdicts") and "0 leaks in attention, 0 in all" in ours
-    assert mended.startswith("isolate_mixers keeps examples apart in 0 of the 0 combinations")
     assert gradients.endswith("is 2.0e-07.")
 
 
@@ -138,9 +137,11 @@ def test_isolated_mixers_are_a_situation():
 
 
 def test_a_hybrid_before_and_after_the_repair():
-    (before, after), said = isolation.repaired(small_model("minimax"), [5, 4, 6], 0)
+    (before, after), said = isolation.repaired("minimax", "float32", [5, 4, 6])
     assert before.verdict == "leak" and before.culprit == "state" and after.isolated
-    assert said == "on one line a segment: MiniMaxLightningAttention (1); 1.20 slots a token inside"
+    assert (
+        said == "on one line a segment: model.layers.1.self_attn (MiniMaxLightningAttention); 1.20 slots a token inside"
+    )
 
 
 def test_the_newest_matrix_is_the_published_one(tmp_path):
