@@ -122,14 +122,14 @@ def _speed(arms: pd.DataFrame) -> list[str]:
 
 def _summary(arms: pd.DataFrame, *, ranked: bool) -> list[str]:
     """What the arms say of the two ways to pack: flattened mini-batches, and full rows of whole examples."""
-    said = []
+    said: list[str] = []
+    if not len(arms):
+        return said
     for name, what in {
         "minibatch_packing": "Flattening the same mini-batches trains",
         "multipack_posid": "Packing whole examples into full rows trains",
     }.items():
-        own = (
-            arms[(arms["strategy"] == name) & (arms["kernel"] == "auto")].dropna(subset="speed_up") if len(arms) else []
-        )
+        own = arms[(arms["strategy"] == name) & (arms["kernel"] == "auto")].dropna(subset="speed_up")
         if len(own):
             said.append(f"{what} {_range(own['speed_up'])} times as fast as padding, {_places(own)}")
             said[-1] += f", and takes {_range(own['memory_ratio'])} of its peak memory."

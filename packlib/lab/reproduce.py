@@ -154,7 +154,7 @@ def _papermill(
             super().__init__(**options)
             kernels.append(self)
 
-        async def start_kernel(self, **options: Any) -> None:
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
             await super().start_kernel(**options, stderr=stderr)
 
     def run() -> None:
@@ -190,10 +190,10 @@ def _papermill(
 
 def _end(kernel: AsyncKernelManager, thread: threading.Thread) -> None:
     """Interrupt a kernel until its notebook has ended, for PATIENCE seconds; then kill what is left of its group."""
-    process = kernel.provisioner
+    process: Any = kernel.provisioner
     group = getattr(process, "pgid", None)
     for _ in range(PATIENCE):
-        with suppress(ProcessLookupError, TypeError):  # it has ended, or not begun
+        with suppress(ProcessLookupError, TypeError, AttributeError):  # it has ended, or not begun
             os.kill(process.pid, signal.SIGINT)
         thread.join(1)
         if not thread.is_alive():

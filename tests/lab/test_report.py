@@ -1,4 +1,4 @@
-"""The report as a stranger reads it: question, answer and provenance first; a control that is off takes rankings back."""
+"""The report as a stranger reads it: question, answer, provenance first; a control that is off takes rankings back."""
 
 import json
 import math
@@ -139,3 +139,13 @@ def test_a_run_with_a_control_that_is_off_ranks_nothing():
     assert isinstance(bad[0], doubts.Doubt) and "1.200 times padding's speed" in bad[0]
     assert not any("the fastest of" in line or "the most in" in line for line in bad)
     assert [line for line in bad[1:] if "times as fast as padding" in line], "what was measured is still said"
+
+
+def test_an_interval_of_a_share_stays_in_its_range():
+    from packlib.lab.studies import convergence
+
+    found = pd.DataFrame({"corpus": "x", "arm": "a", "exact_match": [0.0, 0.01, 0.9]})
+    row = convergence.exact_matches(found).iloc[0]
+    assert (row["low"], row["high"]) == (0.0, 1.0)
+    alone = convergence.exact_matches(found.head(1)).iloc[0]
+    assert math.isnan(alone["low"]) and math.isnan(alone["high"]), "one seed has no interval"

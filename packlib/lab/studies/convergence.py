@@ -411,7 +411,8 @@ def exact_matches(found: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for place, runs in answered.groupby(["corpus", "arm"], sort=False):
         mean = tables.mean_interval(runs["exact_match"])
-        rows[place] = {"mean": mean.mean, "low": mean.low, "high": mean.high}
+        low, high = max(mean.low, 0.0), min(mean.high, 1.0)  # it is a share; NaN of one seed stays
+        rows[place] = {"mean": mean.mean, "low": low, "high": high}
     return pd.DataFrame(rows).T
 
 
