@@ -16,6 +16,7 @@ OTHER: dict[str, Any] = {
     "kernel": "flex",
     "dtype": "bfloat16",
     "overflow": "split",
+    "unlabelled": "drop",
     "loss": "response",
     "weighting": "per_example",
     "lr_scheduler": "cosine",
