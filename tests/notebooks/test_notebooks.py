@@ -57,6 +57,25 @@ def test_is_fit_to_commit(path):
     assert not MACHINE_PATH.search("\n".join(cell.source for cell in notebook.cells))
 
 
+HEADER = "| claim | what you will see | time and hardware |"
+ROUTE = re.compile(r"\*\*On the 90-minute route:\*\* (\d+) minutes?, ")
+
+
+@every(NOTEBOOKS)
+def test_header_follows_the_template(path):
+    """Title, table of claims, and the place on the route."""
+    header = nbformat.read(path, 4).cells[0].source
+    assert HEADER in header.splitlines() and header.index(HEADER) < ROUTE.search(header).start()
+
+
+def test_the_route_is_what_every_notebook_says_and_takes_90_minutes():
+    (told,) = [cell.source for cell in nbformat.read(NOTEBOOKS[0], 4).cells if cell.source.startswith("## The route")]
+    minutes = {number: int(n) for n, number in re.findall(r"^\| (\d+) \| \[?(\d\d) ", told, flags=re.MULTILINE)}
+    headers = {path.stem[:2]: nbformat.read(path, 4).cells[0].source for path in NOTEBOOKS}
+    assert minutes == {number: int(ROUTE.search(header)[1]) for number, header in headers.items()}
+    assert sum(minutes.values()) == 90
+
+
 @every(NOTEBOOKS + SOLUTIONS)
 def test_a_code_cell_fits_on_a_screen_and_defines_no_class(path):
     for cell in code_cells(path):

@@ -20,6 +20,7 @@ import pandas as pd
 from transformers import PreTrainedConfig
 
 from packlib.lab import figures, models
+from packlib.lab.costs import largest_batch
 from packlib.lab.figures import COLORS, Picture
 from packlib.lab.strategies import get_strategy
 
@@ -79,7 +80,7 @@ def peaks(runs: Iterable[Record]) -> pd.DataFrame:
         full_rows = strategy.layout == "flat" and strategy.size != "examples"
         if not full_rows and spec["batch_size"] < LARGE_BATCH:
             continue
-        slots = float(np.diff(run["trace"]["slots"], prepend=0).max() / spec["gradient_accumulation"])
+        slots = largest_batch(run)
         by_hand = step_memory(models.model_config(spec["model"]), slots).total
         corpus = str(spec["corpus"]).split("_")[0]
         row = (spec["model"], spec["strategy"], corpus, spec["batch_size"], slots, by_hand)
@@ -95,6 +96,22 @@ def _plain(run: Record) -> bool:
     plain = rig.get("recompute") == "all" and not any(rig.get(name) for name in ("fused_loss", "liger", "lora_rank"))
     on_gpu = bool(run["environment"].get("cuda")) and metrics.get("peak_memory_bytes")
     return bool(plain and on_gpu and spec.get("dtype") == "bfloat16" and spec.get("world_size", 1) == 1)
+
+
+def slots_by_strategy(
+    runs: Iterable[Record], model: str, corpus: str, strategies: Iterable[str], batch_size: int = 4
+) -> dict[str, float]:
+    """Slots of the largest micro-batch of published runs (the mean one of its step): strategy -> slots, in that order.
+
+    corpus: what its name begins with. Strategies without such a run are left out.
+    """
+    found = {}
+    for run in runs:
+        spec = run["spec"]
+        same = spec["model"] == model and str(spec["corpus"]).startswith(corpus) and spec["batch_size"] == batch_size
+        if run["status"] == "ok" and same and _plain(run):
+            found[spec["strategy"]] = largest_batch(run)
+    return {name: found[name] for name in strategies if name in found}
 
 
 def shared_memory(config: PreTrainedConfig, slots: Mapping[str, float], gpus: Iterable[int]) -> pd.DataFrame:

@@ -49,6 +49,12 @@ def test_runs_that_the_formula_does_not_speak_of_are_left_out(published):
         assert not memory._plain(other), name
 
 
+def test_slots_are_those_of_the_largest_batch(published):
+    slots = memory.slots_by_strategy(published, "mistral-7b", "multitask", ["padding", "multipack_posid", "dynapipe"])
+    assert list(slots) == ["padding", "multipack_posid"] and slots["multipack_posid"] == 4 * 4096 > slots["padding"]
+    assert not memory.slots_by_strategy(published, "mistral-7b", "nothing", ["padding"])
+
+
 def test_sharing_shows_what_batching_saves():
     slots = {"padding": 16384, "minibatch_packing": 8000}
     table = memory.shared_memory(CONFIG, slots, [1, 8])
