@@ -34,17 +34,19 @@ html_theme = "furo"
 html_title = project
 html_static_path = ["_static"]
 html_css_files = ["book.css"]
-html_show_sphinx = html_show_copyright = html_show_sourcelink = html_copy_source = False
+html_use_index = html_show_sphinx = html_show_copyright = html_show_sourcelink = html_copy_source = False
 myst_heading_anchors = 4
 nb_execution_mode = "off"
 nb_merge_streams = True
 """
 STYLE = """
-.output img { max-width: 100%; height: auto; }
-.output { overflow-x: auto; }
-.output table { border-collapse: collapse; font-size: var(--font-size--small); margin: 0.5rem 0; }
+.content { width: 56em; min-width: 0; }  /* 110 columns of code */
+.sidebar-drawer { width: calc(50% - 37em); }
+.output, p:has(> img:only-child) { overflow-x: auto; }
+.output img { height: auto; max-width: 100%; }
+.output table { font-size: var(--font-size--small); margin: 0.5rem 0; }
 .output th, .output td { padding: 0.15rem 0.6rem; text-align: right; }
-body[data-theme="dark"] .output img { background: white; }
+@media (max-width: 48em) { .output img, p > img:only-child { max-width: none; width: 44rem; } }
 @media print { .output, pre { overflow: visible; white-space: pre-wrap; } .output table { font-size: 7pt; } }
 """
 
