@@ -206,9 +206,14 @@ def settings(arms: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def flan_mean() -> float:
+    """Tokens of the paper's mean example, with Mistral's tokenizer: fixed rows hold every token of an epoch."""
+    rows = paper.table_2().set_index(["model", "strategy"])["rows"]["mistral-7b"]
+    return float(rows["fixed_length_packing"] * paper.SETTING["max_tokens"] / rows["padding"])
+
+
 def _paper_setting() -> dict[str, str]:
-    known, rows = paper.SETTING, paper.table_2().set_index(["model", "strategy"])["rows"]["mistral-7b"]
-    mean = rows["fixed_length_packing"] * known["max_tokens"] / rows["padding"]
+    known, mean = paper.SETTING, flan_mean()
     return {
         "machine": str(known["devices"]),
         "weights": "pretrained",
