@@ -134,7 +134,8 @@ def input_gradients(
 ) -> list[list[float]] | None:
     """[watched][moved]: gradient of a random projection of one example's logits with respect to another's embeddings.
 
-    The largest value, relative to its own. None where the attention has no backward (FlexAttention on a CPU).
+    The largest value, relative to its own. None where the attention has no backward (FlexAttention on a CPU)
+    or the embeddings are not [B, T, C].
     """
     leaves: list[Tensor] = []
 
@@ -146,6 +147,8 @@ def input_gradients(
     try:
         with torch.enable_grad():
             out = logits(model, batch)
+            if leaves[0].shape[:2] != batch["input_ids"].shape:
+                return None  # XLNet embeds [T, B, C]
             projection = torch.randn(out.shape[-1], generator=torch.Generator().manual_seed(seed)).to(out)
             table = []
             for row, columns in places:

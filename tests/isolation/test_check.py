@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from packlib.attention import flash_stand_in, register_attention
+from packlib.collators import FlatteningCollator
 from packlib.isolation import ContaminationError, check_equivalence, check_isolation
-from packlib.isolation.probe import packed_batch
-from packlib.lab.small_models import small_model
+from packlib.isolation.probe import length_thresholds, packed_batch
+from packlib.lab.small_models import small_config, small_model
 
 ISOLATED = [
     "llama",
@@ -84,8 +86,87 @@ def test_shifted_positions_are_no_leak_and_no_isolation():
     """Nobody sees another's tokens, but what is computed packed is not what is computed alone."""
     with flash_stand_in():
         report = check_isolation(small_model("roberta", "flash_attention_2"))
-    assert report.verdict == "shifted" and not report.isolated and report.culprit == "positions"
-    assert max(off_diagonal(report.influence)) == 0
+        assert report.verdict == "shifted" and not report.isolated and report.culprit == "positions"
+        assert report.stand_in and "(a stand-in, not the flash-attn package)" in str(report)
+        assert max(off_diagonal(report.influence)) == 0
+        model = small_model("roberta", "packlib_varlen")
+        collator = FlatteningCollator(position_ids_start=model.config.pad_token_id + 1)
+        right = check_isolation(model, batch_builder=lambda examples: packed_batch(examples, collator))
+    assert right.verdict == "exact" and not right.stand_in
+
+
+def scaled(rope_type):
+    """A llama whose rotary frequencies are others from 64 tokens on."""
+    config = small_config("llama")
+    config.rope_parameters = {
+        "rope_type": rope_type,
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    if rope_type == "longrope":
+        half = config.hidden_size // config.num_attention_heads // 2
+        config.rope_parameters |= {"short_factor": [1.0] * half, "long_factor": [4.0] * half}
+    config.max_position_embeddings = 64 if rope_type == "dynamic" else 256
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.load_state_dict(small_model("llama").state_dict())
+    return model
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_a_fault_of_the_rows_length_is_not_noise(rope_type):
+    """Beside one of 100 tokens an example of 20 has other frequencies than alone; the yardstick must not hide it."""
+    model = scaled(rope_type)
+    (threshold,) = set(length_thresholds(model.config).values())
+    assert threshold == 64
+    for lengths in ((20, 100, 15), None):  # None: the threshold is read from the config, and one example is longer
+        report = check_isolation(model, lengths=lengths)
+        assert report.verdict == "shifted" and not report.isolated and not report.unprobed
+        assert report.error > 1 and report.noise < 1e-4 and max(report.lengths) > 64 > min(report.lengths)
+    short = check_isolation(scaled(rope_type), lengths=(20, 30, 10))
+    assert short.verdict == "exact" and set(short.unprobed.values()) == {64} and "Not tried on both" in str(short)
+
+
+def test_a_kernel_that_is_not_the_models_own_attention_is_different(monkeypatch):
+    """Isolated, and as alone, but wrong: a window forgotten by the kernel."""
+    from packlib.attention import register
+
+    right = register.varlen_attention
+    monkeypatch.setattr(register, "varlen_attention", lambda *a, **options: right(*a, **options | {"window": None}))
+    rows = register.rows_attention
+    monkeypatch.setattr(register, "rows_attention", lambda *a, **options: rows(*a, **options | {"window": None}))
+    report = check_isolation(small_model("mistral"), kernel="sdpa")
+    assert report.verdict == "different" and not report.isolated and report.culprit == "attention"
+    assert report.eager_error > 0.1 and report.error < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["phimoe", "afmoe", "mistral"])
+def test_windows_and_views_are_those_of_eager(model_type):
+    report = check_isolation(small_model(model_type), kernel="sdpa")
+    assert report.isolated and report.eager_error < 1e-4 and max(report.lengths) > 8
+
+
+def test_a_window_of_two_sides_that_call_and_mask_count_differently_is_refused():
+    config = small_config("mistral")
+    config.is_causal = False
+    name = register_attention("sdpa", "packlib_sdpa")
+    report = check_isolation(AutoModelForCausalLM.from_config(config, attn_implementation=name).eval())
+    assert report.verdict == "refused" and "a window of 8 tokens, but its mask has a window of 9" in report.reason
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "codegen", "gpt_neox_japanese", "gptj", "gpt_neo", "falcon"])
+def test_a_kernel_that_is_never_called_is_named(model_type):
+    report = check_isolation(small_model(model_type), kernel="sdpa")
+    assert (
+        report.verdict == "refused" and "computes attention by itself and never calls 'packlib_sdpa'" in report.reason
+    )
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_checked():
+    model = torch.compile(small_model("llama"), backend="eager")
+    assert check_isolation(model, lengths=(11, 5, 9)).verdict == "exact"
 
 
 def test_a_refusal_is_neither_a_leak_nor_isolation():
