@@ -384,7 +384,8 @@ class _Probe:
         hook = self.model.get_input_embeddings().register_forward_hook(to_leaf)
         try:
             with torch.set_grad_enabled(gradient), inside(self.segments):
-                return _logits(self.model(**self.batch, use_cache=False))[0], leaves[:1]
+                packed = _logits(self.model(**self.batch, use_cache=False))[0]
+                return packed, per_token(leaves[:1], self.segments.tokens)  # XLNet embeds [T, 1, C]
         finally:
             hook.remove()
 

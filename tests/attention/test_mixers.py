@@ -31,7 +31,7 @@ KINDS = {  # what carries something from token to token: a convolution, a state,
     "bloom": {"BloomAttention"},
 }
 # Attention for models that do not take packlib_varlen; None: what they have.
-OTHER_ATTENTION = dict.fromkeys(("rwkv", "bloom", "mpt", "cpmant"))
+OTHER_ATTENTION = dict.fromkeys(("rwkv", "bloom", "mpt", "prophetnet"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -240,7 +240,7 @@ def test_batches_without_clear_boundaries_are_refused(change, reason):
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("cpmant", "lets packed examples see each other, and no module of it can be isolated"),
+        ("prophetnet", "lets packed examples see each other, and no module of it can be isolated"),
         ("roberta", r"does not give packed examples the logits that they have alone .* position_ids_start"),
         ("gpt_oss", "does not take a packed row: GptOssAttention passes s_aux"),
     ],
