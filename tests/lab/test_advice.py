@@ -146,6 +146,20 @@ def test_command_prints_text_and_json(corpus, capsys):
     } | set(asdict(advise(TAIL)))
 
 
+def test_command_names_the_rung_that_gains_most(corpus, capsys):
+    """On the published climb; on records without one it says what is missing."""
+    asked = ["advise", str(corpus), "--max-tokens", "256", "--records", "h100", "--rig"]
+    assert __main__.main([*asked, "flattened"]) == 0
+    text = capsys.readouterr().out
+    assert "From 'flattened', the rung that gains most is '" in text
+    assert "mini-batches: CUDA graphs" in text and "NVIDIA H100 80GB HBM3; their error is up to" in text
+    assert __main__.main([*asked, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["rig"]
+    assert found["rungs"][0]["gain"] is None and "From 'padded, SDPA'" in found["recommendation"]
+    assert __main__.main(["advise", str(corpus), "--records", "no-such-run", "--rig"]) == 1
+    assert "no climb has two finished rungs among these records" in capsys.readouterr().err
+
+
 def test_command_reports_an_unknown_corpus(capsys):
     assert __main__.main(["advise", "no-such-corpus"]) == 1
     assert "no-such-corpus" in capsys.readouterr().err

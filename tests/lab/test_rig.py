@@ -172,9 +172,9 @@ def graphs_only(monkeypatch):
     """Layers are traced, joined with their backward and cut by the budget as ever; no code is generated for them."""
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **o: compiled(self, backend="aot_eager", **o))
-    monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
     torch._dynamo.reset()
-    yield
+    with torch._functorch.config.patch(activation_memory_budget=1.0):
+        yield
     torch._dynamo.reset()
 
 
@@ -232,9 +232,11 @@ def test_adapters_compose_with_the_rest_of_a_rig(eager, graphs_only):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"compile": "layers"}, BEST], ids=str)
-def test_generated_code_takes_the_steps_of_the_plain_trainer(options, eager):
+def test_generated_code_takes_the_steps_of_the_plain_trainer(options, eager, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no processes that outlive the test
     torch._dynamo.reset()
-    assert np.allclose(trained(**options), eager, rtol=2e-5)
+    with torch._functorch.config.patch(activation_memory_budget=1.0):
+        assert np.allclose(trained(**options), eager, rtol=2e-5)
 
 
 # Compiled layers
@@ -273,10 +275,10 @@ def test_other_boundaries_of_the_same_shape_are_not_compiled_again(kernel):
     torch._dynamo.reset()
 
 
-def test_a_budget_keeps_less_for_backward(monkeypatch, graphs_only):
+def test_a_budget_keeps_less_for_backward(graphs_only):
     def kept(budget):
         torch._dynamo.reset()
-        monkeypatch.setattr(torch._functorch.config, "activation_memory_budget", 1.0)
+        torch._functorch.config.activation_memory_budget = 1.0
         model, inputs, sizes = small(), packed((50, 60, 9), to=128), []
         rig.prepare(model, Rig(compile="layers", recompute=budget), one_shape=True)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
