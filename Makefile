@@ -39,7 +39,7 @@ lab: $(READY)
 
 # JupyterLab and the book in a real browser; without Chromium it says so, and passes.
 browser: $(PAGES)
-	$(PYTHON) -m pytest -m browser tests/browser
+	$(PYTHON) -m pytest -n 0 -m browser tests/browser
 
 book: $(PAGES)
 	$(PYTHON) -m packlib book

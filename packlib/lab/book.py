@@ -36,6 +36,7 @@ html_static_path = ["_static"]
 html_css_files = ["book.css"]
 html_use_index = html_show_sphinx = html_show_copyright = html_show_sourcelink = html_copy_source = False
 myst_heading_anchors = 4
+myst_enable_extensions = ["alert"]  # GitHub's > [!NOTE]
 nb_execution_mode = "off"
 nb_merge_streams = True
 """
@@ -44,7 +45,7 @@ STYLE = """
 .sidebar-drawer { width: calc(50% - 37em); }
 .output, p:has(> img:only-child) { overflow-x: auto; }
 .output img { height: auto; max-width: 100%; }
-.output table { font-size: var(--font-size--small); margin: 0.5rem 0; }
+.output table { border-collapse: collapse; font-size: var(--font-size--small); margin: 0.5rem 0; }
 .output th, .output td { padding: 0.15rem 0.6rem; text-align: right; }
 @media (max-width: 48em) { .output img, p > img:only-child { max-width: none; width: 44rem; } }
 @media print { .output, pre { overflow: visible; white-space: pre-wrap; } .output table { font-size: 7pt; } }

@@ -1,4 +1,7 @@
-"""The book as a reader sees it: every page, at the width of a telephone and of a screen, light and dark."""
+"""The book as a reader sees it: every page, at the width of a telephone and of a screen, light and dark.
+
+Runs after test_lab.py, in one process: what that has run in JupyterLab need not be run again for the book.
+"""
 
 import functools
 import subprocess
