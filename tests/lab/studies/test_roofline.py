@@ -1,0 +1,49 @@
+"""Points lie under the roof that their device's measured rates make."""
+
+import pytest
+
+from packlib.lab import models, records
+from packlib.lab.studies import roofline
+
+
+@pytest.fixture(scope="module")
+def published():
+    return records.read_records(records.run_folder("h100", create=False))
+
+
+def test_points_lie_under_the_roof_and_pads_between_slots_and_tokens(published):
+    table = roofline.points(published)
+    assert {"padding", "minibatch_packing"} <= set(table["strategy"]) and len(table) >= 5
+    assert (table["useful_flops"] <= table["slot_flops"] * 1.0001).all()
+    assert (table["slot_flops"] < table["roof"]).all()
+    padded, flat = (table[table["strategy"] == name] for name in ("padding", "minibatch_packing"))
+    assert (padded["useful_flops"] < 0.9 * padded["slot_flops"]).all()
+    assert flat["useful_flops"].to_numpy() == pytest.approx(flat["slot_flops"].to_numpy(), rel=0.2)
+
+
+def test_intensity_is_worked_by_hand(published):
+    row = roofline.points(published).iloc[0]
+    count = models.parameter_count(models.model_config(row["model"]))
+    by_hand = 6 * (count.active + count.head) * 2 * row["slots"] / (2 * count.total * (3 * 2 + 8))
+    assert row["intensity"] == pytest.approx(by_hand)
+    assert row["roof"] == min(row["matmul"], row["intensity"] * row["copy"])
+
+
+def test_the_figure_names_where_the_roof_bends(published):
+    table = roofline.points(published)
+    figure = roofline.roofline(table)
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    assert f"bends at {table['matmul'].median() / table['copy'].median():,.0f} FLOP" in ax.get_title(loc="left")
+    assert [text.get_text() for text in ax.texts].count("math") == (table["corpus"] == "math").sum()
+    said = roofline.finding(table)
+    assert said.count("%") == len(table) and said.startswith(
+        f"{(table['roof'] == table['matmul']).sum()} of {len(table)}"
+    )
+
+
+def test_what_is_not_on_this_roof_is_left_out(published):
+    assert "trl_padding_free" not in set(roofline.points(published)["strategy"])
+    float8 = [run for run in published if (run["spec"].get("rig") or {}).get("float8")]
+    whole, without = (len(roofline.points(runs)) for runs in (published, [r for r in published if r not in float8]))
+    assert float8 and whole == without
