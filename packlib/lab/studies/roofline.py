@@ -108,9 +108,10 @@ def roofline(table: pd.DataFrame) -> Picture:
 def finding(table: pd.DataFrame) -> str:
     """On which side of the bend the runs lie, and how near to the roof each comes, in a sentence. table: `points`."""
     right = int((table["intensity"] > table["matmul"] / table["copy"]).sum())
+    shares = table["useful_flops"] / table["roof"]
     told = [
-        f"{row['useful_flops'] / row['roof']:.0%} with {figures.label(row['strategy'])} on {row['corpus']}, {row['rig']}"
-        for _, row in table.iterrows()
+        f"{share:.0%} with {figures.label(row['strategy'])} on {row['corpus']}, {row['rig']}"
+        for share, (_, row) in zip(shares, table.iterrows())
     ]
     return (
         f"{right} of {len(table)} runs do so much work for each byte that the matrix rate is their roof, not the copy "
