@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -253,12 +254,14 @@ def _draw_rows(ax: Axes, plan: Plan, examples: int, padded: bool, numbers: float
         for line in [[segment] for segment in row] if padded else [row]:
             left = 0
             for example, start, stop in line:
-                look = {"hatch": "xxx", "edgecolor": BROKEN} if broken[example] else {"edgecolor": "white"}
+                look: dict[str, Any] = (
+                    {"hatch": "xxx", "edgecolor": BROKEN} if broken[example] else {"edgecolor": "white"}
+                )
                 ax.barh(y, stop - start, 0.86, left, color=colors[example], linewidth=0.8, **look)
                 if stop - start >= numbers:
                     box = {"facecolor": colors[example], "edgecolor": "none", "pad": 0.5} if broken[example] else None
                     place = left + (stop - start) / 2
-                    ax.text(place, y, example, ha="center", va="center", fontsize=10, color="black", bbox=box)
+                    ax.text(place, y, str(example), ha="center", va="center", fontsize=10, color="black", bbox=box)
                 left += stop - start
             if padded:
                 ax.barh(y, longest - left, 0.86, left, color="0.93", hatch="////", edgecolor="0.7", linewidth=0)
@@ -275,7 +278,7 @@ def fill_growth(table: pd.DataFrame, marked: int = 1000) -> Picture:
     title += f"{worst['more']:.1%} more rows"
     figure, (ax,) = figures.new(9.5, 4.4, f"{title} than all at once. Fill against examples planned at once")
     for i, (capacity, rows) in enumerate(table.groupby("max_tokens")):
-        look = {"color": COLORS[i], "marker": figures.MARKERS[i], "markersize": 7}
+        look: dict[str, Any] = {"color": COLORS[i], "marker": figures.MARKERS[i], "markersize": 7}
         ax.plot(rows["chunk"], 100 * rows["fill"], **look, label=f"rows of {capacity:,} tokens")
     ax.axvline(marked, color="0.25", linestyle=":", linewidth=1.6, label=f"datasets.map: {marked:,} at a time")
     ax.set(title=title, xscale="log", xlabel="examples planned at once", ylabel="fill of the rows (%)")

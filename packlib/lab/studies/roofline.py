@@ -86,7 +86,12 @@ def roofline(table: pd.DataFrame) -> Picture:
     ax.plot(ends, np.minimum(matmul, ends * copy) / 1e12, **LIMIT, label="roof: measured matrix and copy rate")
     for (strategy, rig), rows in table.groupby(["strategy", "rig"], sort=False):
         color, _, marker = figures.style(strategy)
-        look = {"marker": marker, "markersize": 12 if rig == "climbed" else 8, "linestyle": "none", "color": color}
+        look: dict[str, Any] = {
+            "marker": marker,
+            "markersize": 12 if rig == "climbed" else 8,
+            "linestyle": "none",
+            "color": color,
+        }
         ax.plot(rows["intensity"], rows["slot_flops"] / 1e12, **look, label=f"{figures.label(strategy)}, {rig}")
         ax.plot(rows["intensity"], rows["useful_flops"] / 1e12, **look, fillstyle="none")
         ax.vlines(rows["intensity"], rows["useful_flops"] / 1e12, rows["slot_flops"] / 1e12, color=color)

@@ -242,7 +242,12 @@ def distance_curves(named: Mapping[str, Mapping[int, np.ndarray]]) -> Picture:
     figure, axes = figures.new(5.6 * len(named), 3.9, f"Score against distance. {alt}", len(named))
     for ax, (name, scores) in zip(axes, named.items()):
         for i, (place, values) in enumerate(scores.items()):
-            look = {"color": COLORS[i], "marker": figures.MARKERS[i], "markersize": 11 - 3 * i, "markevery": 4}
+            look: dict[str, Any] = {
+                "color": COLORS[i],
+                "marker": figures.MARKERS[i],
+                "markersize": 11 - 3 * i,
+                "markevery": 4,
+            }
             ax.plot(values, **look, linewidth=4 - 1.2 * i, label=f"query at position {place:,}")
         ax.set(title=f"{name}: {spread[name]:.1g} apart", xlabel="distance from query to key (tokens)")
         ax.legend()
