@@ -91,10 +91,18 @@ def _one_setting(frame: pd.DataFrame, free: Iterable[str] = ()) -> pd.DataFrame:
 def speed_arms(frame: pd.DataFrame) -> pd.DataFrame:
     """Records of notebook 06 that Table 2 can be held against.
 
-    The paper's strategies on packlib's attention, with the device to themselves.
+    The paper's strategies on packlib's attention, with the device to themselves, where padding was measured on the same
+    rig: a rung of notebook 08 is no comparison.
     """
     ours = frame["strategy"].isin(list(BATCHING)) & (frame["kernel"] == "auto") & (frame["status"] == "ok")
-    return _one_setting(tables.alone(frame[ours & frame["eval_every"].isna()]))
+    arms = _one_setting(tables.alone(frame[ours & frame["eval_every"].isna()]))
+    if not len(arms):
+        return arms
+    strategies = arms.groupby([arms["run"], arms["architecture"], arms["corpus"], tables.rigs(arms)])["strategy"]
+    arms = arms[strategies.transform(lambda names: names.eq("padding").any() and names.nunique() > 1).astype(bool)]
+    for _, runs in arms.groupby("run"):
+        arms.loc[runs.index, "model"] = tables.named_models(runs["architecture"], tables.rigs(runs))
+    return arms
 
 
 def convergence_arms(frame: pd.DataFrame) -> pd.DataFrame:
