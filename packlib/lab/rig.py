@@ -179,6 +179,7 @@ class LabTrainer(SFTTrainer):
     rig = Rig()
     weighting = "per_token"
     optimizer: Any
+    is_fsdp_enabled: bool
 
     def __init__(self, *args: Any, rig: Rig | None = None, weighting: str = "per_token", **kwargs: Any) -> None:
         self.rig, self.weighting = rig or Rig(), weighting

@@ -205,13 +205,7 @@ def eager():
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"recompute": "all"},
-        {"fused_loss": True},
-        {"compile": "layers"},
-        {"compile": "layers", "recompute": "all"},
-        BEST,
-    ],
+    [{"recompute": "all"}, {"fused_loss": True}, {"compile": "layers", "recompute": "all"}, BEST],
     ids=str,
 )
 def test_every_rig_takes_the_steps_of_the_plain_trainer(options, eager, graphs_only):
