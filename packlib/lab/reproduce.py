@@ -28,7 +28,7 @@ import yaml
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 
-from packlib.lab import experiment, records
+from packlib.lab import experiment, published, records
 from packlib.lab.freshness import Freshness
 from packlib.lab.notebook import alarm
 from packlib.lab.parameters import check_parameters, unknown_name
@@ -241,12 +241,15 @@ def reproduce(
 
     output: name or path of the run folder (the preset's name by default). only: notebooks to run, by name or number.
     minutes: start no new arm after that time; the next call goes on. stream: for progress (standard error). A notebook
-    that would come out as it is (`freshness`) is left as it is, unless `only` asks for it.
+    that would come out as it is (`freshness`) is left as it is, unless `only` asks for it. Raises `FileNotFoundError`,
+    before anything runs, where nothing is measured yet and data that the preset names are not here.
     """
     loaded = load_preset(preset)
     order = loaded["notebooks"]
     chosen = _chosen(order, only) if only else order
     folder = records.run_folder(output or preset)
+    if not any((folder / "records").glob("*.json")):  # records are redrawn without the data
+        published.check_data(preset, chosen)
     sources, fresh = {path.stem: path for path in notebooks()}, Freshness(folder, order)
     started, progress = time.monotonic(), Progress(len(chosen), stream)
     takes = f" about {loaded['minutes']:g} minutes on {loaded['hardware']};" if "minutes" in loaded else ""

@@ -141,7 +141,8 @@ def against(frame: pd.DataFrame, base: str = "padding", by: Sequence[str] = ("mo
         return pd.DataFrame()
     order, per_rank = {name: i for i, name in enumerate(STRATEGIES)}, _ranks(frame)
     rates = {name: frame[name] / per_rank for name in RATES if name in frame}
-    frame = frame.assign(rig=rigs(frame), **rates).sort_values("strategy", key=lambda names: names.map(order), kind="stable")
+    frame = frame.assign(rig=rigs(frame), **rates)
+    frame = frame.sort_values("strategy", key=lambda names: names.map(order), kind="stable")
     rows = []
     keys = [*by, "rig"]
     for _, group in sorted(frame.groupby(keys, sort=False), key=lambda item: item[1].index.min()):

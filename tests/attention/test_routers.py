@@ -21,7 +21,7 @@ def losses(model, collator):
 
 
 def test_a_pad_tail_is_refused_where_a_router_counts_it(model):
-    with pytest.raises(ValueError, match="the batch ends in pads, which the router loss of .*Attention's model would"):
+    with pytest.raises(ValueError, match=r"the batch ends in pads, which the router loss of .*Attention's model would"):
         losses(model, FlatteningCollator(pad_to_multiple_of=16))
     model.config.output_router_logits = True
     try:

@@ -1,4 +1,4 @@
-"""FSDP2 over two ranks is the training of one process on the same rows: losses, gradient norms, weights, checkpoints."""
+"""FSDP2 over two ranks trains as one process does on the same rows: losses, gradient norms, weights, checkpoints."""
 
 import json
 import subprocess

@@ -224,3 +224,12 @@ def test_the_published_run_is_of_its_preset(monkeypatch):
     folder = records.run_folder("h200", create=False)
     assert len(specs) > 40 and not [spec for spec in specs if experiment.find(spec, folder) is None]
     assert [spec for spec in specs if spec.rig.liger], "fused layers are among them"
+
+
+@pytest.mark.parametrize("name", ["h100", "h100x2", "h100x8", "h200"])
+def test_arms_of_every_preset_are_possible_and_different(name):
+    given = reproduce.load_preset(name)["notebooks"].get("06_measure_throughput_and_memory")
+    sizes = {key: given[key] for key in ("batch_size", "max_tokens", "gradient_accumulation", "steps") if key in given}
+    base = RunSpec(**sizes, **given["options"])
+    specs = throughput.table_2_specs(base, *(given[key] for key in throughput.PLACE), given.get("further", []))
+    assert len({spec.spec_id for spec in specs}) == len(specs) > 5
