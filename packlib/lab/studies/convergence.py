@@ -303,7 +303,7 @@ def _advice(cause: Cause, row: Mapping[str, Any]) -> str:
         return f"a cost, {tell(row)}; {if_cost}."
     if row["high"] < 0 and row["difference"] < -NEGLIGIBLE:
         return f"a gain, {tell(row)}; {if_none}."
-    if -EQUAL < row["low"] and row["high"] < EQUAL:
+    if max(abs(row["low"]), abs(row["high"])) < EQUAL:
         return f"the same within {EQUAL} nats, {tell(row)}; {if_none}."
     return f"undecided, {tell(row)}; measure more seeds."
 
