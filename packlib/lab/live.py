@@ -29,14 +29,19 @@ class _Timer:
 
     def __init__(self) -> None:
         self.ended = threading.Event()
+        self.counting = threading.Thread()
 
     def begin(self, _info: object = None) -> None:
         self.end()
         self.ended = threading.Event()
-        threading.Thread(target=self._count, args=(self.ended, time.monotonic()), daemon=True).start()
+        given = (self.ended, time.monotonic())
+        self.counting = threading.Thread(target=self._count, args=given, daemon=True)
+        self.counting.start()
 
     def end(self, _result: object = None) -> None:
         self.ended.set()
+        if self.counting.is_alive():  # what it writes last belongs to this cell
+            self.counting.join(1.0)
 
     def _count(self, ended: threading.Event, begun: float) -> None:
         if ended.wait(PATIENCE):
