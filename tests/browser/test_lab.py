@@ -36,7 +36,7 @@ class Desk:
     def open(self, name):
         self.page.goto(f"{self.address}/lab/tree/notebooks/{name}.ipynb?reset")
         self.page.wait_for_selector(".jp-Notebook .jp-Cell")
-        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+        self.page.locator("#jp-main-statusbar", has_text="| Idle").wait_for()  # the kernel has answered
 
     def menu(self, *labels):
         """Click through the menu bar: `menu("Settings", "Theme", "JupyterLab Dark")`."""
