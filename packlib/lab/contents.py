@@ -38,9 +38,9 @@ class Contents(AsyncLargeFileManager):
                 file.write(nbformat.writes(linked(notebook, Path(home).as_posix())) + "\n")
         return await super().save(model | {"content": stripped(notebook)}, path)
 
-    async def get(self, path: str, content: bool = True, **options: Any) -> dict[str, Any]:
+    async def get(self, path: str, content: bool = True, *others: Any, **options: Any) -> dict[str, Any]:
         """Give a file to JupyterLab; a notebook of `notebooks/` with the outputs of its last run."""
-        model = await super().get(path, content, **options)
+        model = await super().get(path, content, *others, **options)
         executed = self._executed(path)
         if executed and executed.exists() and content and model["type"] == "notebook":
             put_back(model["content"], nbformat.read(executed, 4))
