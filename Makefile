@@ -33,9 +33,9 @@ test: $(READY)
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command as lint; lint(["--no-logo"])'
 	$(PYTHON) -m pytest
 
-# The repository is its root, 00 its first page; what is run there does not change tracked notebooks (packlib/lab/contents.py).
+# The repository is its root, 00 its first page; what is run there does not change tracked notebooks (packlib/lab/pages/contents.py).
 lab: $(READY)
-	$(PYTHON) -m jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb --ServerApp.contents_manager_class=packlib.lab.contents.Contents
+	$(PYTHON) -m jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb --ServerApp.contents_manager_class=packlib.lab.pages.contents.Contents
 
 # JupyterLab and the book in a real browser; without Chromium it says so, and passes.
 browser: $(PAGES)

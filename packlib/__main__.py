@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _reproduce(arguments: argparse.Namespace) -> str:
     print(f"reproduce {arguments.preset}: reading the notebooks", file=sys.stderr, flush=True)
-    from packlib.lab import report, reproduce
+    from packlib.lab.pages import report, reproduce
 
     folder = reproduce.reproduce(
         arguments.preset, output=arguments.output, only=arguments.only, minutes=arguments.minutes
@@ -106,13 +106,13 @@ def _reproduce(arguments: argparse.Namespace) -> str:
 
 
 def _presets(arguments: argparse.Namespace) -> str:
-    from packlib.lab import reproduce
+    from packlib.lab.pages import reproduce
 
     return reproduce.listing()
 
 
 def _corpora(arguments: argparse.Namespace) -> str:
-    from packlib.lab import published
+    from packlib.lab.data import published
 
     if arguments.out is None:
         return published.listing()
@@ -124,7 +124,7 @@ def _advise(arguments: argparse.Namespace) -> str:
 
     from packlib.lab import records
     from packlib.lab.advice import advise, read_note
-    from packlib.lab.corpora import load_corpus
+    from packlib.lab.data.corpora import load_corpus
 
     if arguments.out and arguments.out.suffix != ".png":
         raise ValueError(f"--out = {str(arguments.out)!r}; expected a file that ends in .png")
@@ -178,7 +178,7 @@ def _isolation(arguments: argparse.Namespace) -> str:
 
 
 def _book(arguments: argparse.Namespace) -> str:
-    from packlib.lab import book
+    from packlib.lab.pages import book
 
     return f"the book: {book.build(arguments.runs, arguments.output)}"
 
@@ -198,7 +198,7 @@ def _strategies(arguments: argparse.Namespace) -> str:
 
 
 def _tables(arguments: argparse.Namespace) -> str:
-    from packlib.lab import readme
+    from packlib.lab.pages import readme
 
     return readme.update(check=arguments.check)
 

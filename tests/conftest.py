@@ -14,7 +14,7 @@ for name in ("PACKLIB_DATA", "PACKLIB_UNTIL", "PACKLIB_CONCURRENT_RUNS", "PACKLI
 
 
 # The files that take longest, begun first, so that no process waits for another's last file.
-LONGEST = ("tests/notebooks/test_notebooks.py", "tests/notebooks/", "tests/lab/test_experiment.py", "tests/lab/")
+LONGEST = ("tests/notebooks/test_notebooks.py", "tests/notebooks/", "tests/lab/runs/test_experiment.py", "tests/lab/")
 
 
 def pytest_collection_modifyitems(items):

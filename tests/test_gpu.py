@@ -9,7 +9,7 @@ import torch
 from packlib.attention import flash_stand_in, kernel_table, register_attention, resolve_kernel, varlen_attention
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.isolation import check_isolation
-from packlib.lab.rig import fuse_layers
+from packlib.lab.runs.rig import fuse_layers
 from packlib.lab.small_models import small_config, small_model
 from packlib.losses import token_weights, weighted_loss
 from tests.attention.cases import LENGTHS, boundaries, features, packed, random_qkv, run, worst

@@ -12,7 +12,7 @@ from PIL import Image
 
 from packlib import __main__
 from packlib.__main__ import main
-from packlib.lab import report, reproduce
+from packlib.lab.pages import report, reproduce
 from packlib.lab.small_models import small_model
 from packlib.lab.strategies import STRATEGIES
 

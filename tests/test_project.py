@@ -17,9 +17,10 @@ from datasets import Dataset
 from packaging.version import Version
 
 from packlib import __main__
-from packlib.lab import records, reproduce
+from packlib.lab import records
+from packlib.lab.data.tokenizers import train_bpe
+from packlib.lab.pages import reproduce
 from packlib.lab.small_models import small_model
-from packlib.lab.tokenizers import train_bpe
 
 ROOT = records.project_root()
 
@@ -294,7 +295,13 @@ CORE = [path for path in MODULES if "lab" not in path.parts and path.stem != "__
 LAZY = {"rows": {"datasets", "pyarrow"}, "view": {"datasets", "pyarrow"}, "iterable": {"datasets"}}
 OWN_EXTRA = {"liger_kernel": "liger-kernel", "torchao": "torchao"}  # [liger], [float8]
 ASKED_FOR = {"sentencepiece"}  # where it is missing, an error says what to install
-COMES_ALONG = {"tokenizers": "transformers", "jupyter_server": "jupyterlab", "jupyter_client": "jupyterlab"}
+COMES_ALONG = {
+    "accelerate": "trl",
+    "huggingface_hub": "transformers",
+    "tokenizers": "transformers",
+    "jupyter_server": "jupyterlab",
+    "jupyter_client": "jupyterlab",
+}
 DISTRIBUTIONS = {"IPython": "ipython", "PIL": "pillow", "yaml": "pyyaml"}
 
 

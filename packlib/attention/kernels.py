@@ -150,9 +150,8 @@ def _sdpa_segments(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     if window is None or window >= n:
         return F.scaled_dot_product_attention(q, k, v, is_causal=call.causal, scale=scale, enable_gqa=grouped)
     position, out = torch.arange(n, device=q.device), []
-    for start in range(
-        0, n, window
-    ):  # blocks of queries with the keys their window reaches: no mask above window × 3 window
+    # Blocks of queries with the keys that their window reaches: no mask above window × 3 window.
+    for start in range(0, n, window):
         stop = min(start + window, n)
         first, last = max(0, start - window + 1), stop if call.causal else min(n, stop + window - 1)
         mask = call.visible(position[start:stop, None], position[first:last])

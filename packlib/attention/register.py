@@ -130,9 +130,8 @@ def _mask(
         )
     chunk = local_size if local_size and local_size == getattr(config, "attention_chunk_size", None) else None
     causal = "allow_is_bidirectional_skip" not in kwargs
-    window = (
-        None if chunk or not local_size else local_size + (not causal)
-    )  # a two-sided window leaves its own token out
+    # A two-sided window leaves its own token out.
+    window = None if chunk or not local_size else local_size + (not causal)
     positions = None if torch.compiler.is_compiling() else _positions.get()
     if attention_mask is None:
         layout = torch.arange(0, (batch_size + 1) * q_length, q_length, device=device)

@@ -171,9 +171,8 @@ def _per_token(output: Any, batch: int, length: int) -> Tensor | None:
         return output.expand(batch, *output.shape[1:])
     if output.ndim >= 1 and output.shape[0] == batch * length:
         return output.unflatten(0, (batch, length))
-    if (
-        output.ndim == 3 and output.shape[0] == batch and length <= output.shape[2] <= length + 8
-    ):  # convolutions: [B, C, T + kernel]
+    # Convolutions: [B, C, T + kernel].
+    if output.ndim == 3 and output.shape[0] == batch and length <= output.shape[2] <= length + 8:
         return output[..., :length].transpose(1, 2)
     return None
 

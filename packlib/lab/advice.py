@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from packlib.lab.corpora import EVAL_SHARE, located
 from packlib.lab.costs import Calibration, calibrate, comparable
+from packlib.lab.data.corpora import EVAL_SHARE, located
 from packlib.lab.strategies import STRATEGIES, Strategy, plan_for
 from packlib.plans import CostModel, Plan, PlanReport
 

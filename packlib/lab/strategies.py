@@ -224,8 +224,7 @@ def plan_for(
     lengths = np.asarray(lengths)
     if lengths.size and lengths.max() > max_tokens:
         i = int(np.argmax(lengths > max_tokens))
-        policies = 'pass overflow="split" or "truncate"'
-        raise ValueError(f"lengths[{i}] = {lengths[i]} exceeds max_tokens = {max_tokens}; {policies}")
+        raise ValueError(f"lengths[{i}] = {lengths[i]} exceeds max_tokens = {max_tokens}; cut it first, by Corpus.fit")
     size = {"examples": batch_size, "row": max_tokens, "batch": batch_size * max_tokens}[strategy.size]
     return strategy.planner(lengths, size, seed=seed, **strategy.own, **own)
 

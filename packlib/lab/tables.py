@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from packlib.lab.spec import Rig
+from packlib.lab.runs.spec import Rig
 from packlib.lab.strategies import STRATEGIES
 
 MEASURED = (
@@ -56,6 +56,8 @@ def short(name: str) -> str:
 def arm_label(strategy: str, kernel: str) -> str:
     """How an arm is written: the strategy, and the attention where it is transformers' own."""
     label = STRATEGIES[strategy].label
+    if kernel == "maskless_sdpa":
+        return f"{label} (sdpa, no mask)"
     return f"{label} ({kernel.removeprefix('transformers_')})" if kernel.startswith("transformers_") else label
 
 

@@ -22,19 +22,24 @@ Segments = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray]  # the same, none left out
 
 
-def fit(lengths: np.ndarray, max_tokens: int | None, overflow: Overflow | None) -> Segments:
-    """Whole examples, or what the policy leaves of those longer than `max_tokens`. lengths: int32 [examples]."""
+def fit(
+    lengths: np.ndarray, max_tokens: int | None, overflow: Overflow | None, *, name: str = "max_tokens"
+) -> Segments:
+    """Whole examples, or what the policy leaves of those longer than `max_tokens`.
+
+    lengths: int32 [examples]. name: what the caller's argument is called, for errors.
+    """
     if max_tokens is None and overflow is None:
         return None, None, lengths
     if overflow not in ("error", "truncate", "split"):
         raise ValueError(f"overflow = {overflow!r}; expected 'error', 'truncate' or 'split'")
-    max_tokens = positive("max_tokens", max_tokens)
+    max_tokens = positive(name, max_tokens)
     if lengths.max() <= max_tokens:
         return None, None, lengths
     if overflow == "error":
         i = int(np.argmax(lengths > max_tokens))
         policies = 'pass overflow="split" or "truncate"'
-        raise ValueError(f"lengths[{i}] = {lengths[i]} exceeds max_tokens = {max_tokens}; {policies}")
+        raise ValueError(f"lengths[{i}] = {lengths[i]} exceeds {name} = {max_tokens}; {policies}")
     if overflow == "truncate":
         return None, None, np.minimum(lengths, np.int32(max_tokens))
     pieces = -(-lengths.astype(np.int64) // max_tokens)

@@ -119,7 +119,7 @@ def token_budget(
     lengths = check_lengths(lengths)
     positive("max_slots", max_slots)
     check_layout(layout)
-    segments, rng = packing.fit(lengths, max_slots, overflow), np.random.default_rng(seed)
+    segments, rng = packing.fit(lengths, max_slots, overflow, name="max_slots"), np.random.default_rng(seed)
     size = packing.sizes(segments)
     # 1. Sort, and cut into buckets of equal tokens.
     order, _ = packing.long_to_short(size, rng)
@@ -166,7 +166,7 @@ def dynamic_programming(
     lengths = check_lengths(lengths)
     positive("max_slots", max_slots)
     check_layout(layout)
-    segments, rng = packing.fit(lengths, max_slots, overflow), np.random.default_rng(seed)
+    segments, rng = packing.fit(lengths, max_slots, overflow, name="max_slots"), np.random.default_rng(seed)
     size = packing.sizes(segments)
     n = len(size)
     per_step = positive("examples_per_step", n if examples_per_step is None else examples_per_step)

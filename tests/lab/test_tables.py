@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from packlib.lab import paper, records, tables
-from packlib.lab.spec import Rig
+from packlib.lab.runs.spec import Rig
 from packlib.lab.strategies import STRATEGIES
 
 

@@ -20,10 +20,11 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from packlib.lab import experiment, figures, paper, records, tables
+from packlib.lab import figures, paper, records, tables
 from packlib.lab.figures import Picture
 from packlib.lab.parameters import unknown_name
-from packlib.lab.spec import RunSpec
+from packlib.lab.runs import experiment
+from packlib.lab.runs.spec import RunSpec
 from packlib.lab.strategies import STRATEGIES
 
 FIXED, POSID, MULTIPACK = "fixed_length_packing", "fixed_length_packing_posid", "multipack_posid"

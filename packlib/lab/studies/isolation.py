@@ -81,7 +81,13 @@ def _mask_with_pads(examples: Examples) -> Batch:
 
 
 def _two_rows(examples: Examples) -> Batch:
-    first, second = _position_ids_alone(examples[:2]), _position_ids_alone(examples[2:])
+    """Half of the examples in each row; the shorter row ends with an example of zeros, which nobody watches."""
+    halves = [list(examples[: len(examples) // 2]), list(examples[len(examples) // 2 :])]
+    tokens = [sum(map(len, half)) for half in halves]
+    for half, count in zip(halves, tokens):
+        if count < max(tokens):
+            half.append([0] * (max(tokens) - count))
+    first, second = map(_position_ids_alone, halves)
     return first | {name: torch.cat([first[name], second[name]]) for name in ("input_ids", "position_ids")}
 
 
@@ -120,8 +126,10 @@ def _isolate(model: PreTrainedModel) -> None:
         raise _Refused(str(error)) from error
 
 
-def check_cell(model: str, attention: str, situation: str, dtype: str) -> dict[str, Any]:
-    """One cell: verdict and what it rests on.
+def check_cell(
+    model: str, attention: str, situation: str, dtype: str, lengths: Sequence[int] = LENGTHS
+) -> dict[str, Any]:
+    """One cell: verdict and what it rests on. lengths: tokens in each of the packed examples.
 
     `unsupported` where transformers does not build or run the model with that attention.
     """
@@ -136,7 +144,7 @@ def check_cell(model: str, attention: str, situation: str, dtype: str) -> dict[s
             built = small_model(model, attention, getattr(torch, dtype))
             if situation == ISOLATED:
                 _isolate(built)
-            report = check_isolation(built, batch_builder=SITUATIONS[situation], lengths=LENGTHS)
+            report = check_isolation(built, batch_builder=SITUATIONS[situation], lengths=lengths)
         except _Refused as refusal:
             cell |= {"verdict": "refused", "reason": str(refusal)}
         except Exception as error:  # whatever a model raises that does not know this attention
@@ -169,6 +177,7 @@ def run_matrix(
     attentions: Sequence[str] = ATTENTIONS,
     situations: Sequence[str] = tuple(SITUATIONS),
     dtypes: Sequence[str] = DTYPES,
+    lengths: Sequence[int] = LENGTHS,
 ) -> dict[str, Any]:
     """Every combination, as a record: `environment`, `cells` (`check_cell`) and their `disagreements` with float64.
 
@@ -178,12 +187,12 @@ def run_matrix(
     cells: list[dict[str, Any]] = []
     for model in models:
         with _quiet():
-            own = [check_cell(model, a, s, d) for a in attentions for s in situations for d in dtypes]
+            own = [check_cell(model, a, s, d, lengths) for a in attentions for s in situations for d in dtypes]
         leaks, seconds = sum(cell["verdict"] == "leak" for cell in own), sum(cell["seconds"] for cell in own)
         logger.info("%s: %d of %d cells leak, %.1f s", model, leaks, len(own), seconds)
         cells += own
     found = {"cells": cells, "disagreements": disagreements(cells)}
-    return {"environment": records.environment(), "lengths": LENGTHS} | found
+    return {"environment": records.environment(), "lengths": list(lengths)} | found
 
 
 def disagreements(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -199,19 +208,28 @@ def disagreements(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def look(
-    models: Sequence[str], attentions: Sequence[str], situations: Sequence[str], dtype: str = "float32"
+    models: Sequence[str],
+    attentions: Sequence[str],
+    situations: Sequence[str],
+    dtype: str = "float32",
+    lengths: Sequence[int] = LENGTHS,
 ) -> pd.DataFrame:
     """A few cells as a table, for a page: one row each, with what an edit moves in another example and where."""
-    cells = run_matrix(models, attentions, situations, [dtype])["cells"]
+    cells = run_matrix(models, attentions, situations, [dtype], lengths)["cells"]
     columns = ["model", "attention", "situation", "verdict", "influence", "starts_at", "reason"]
     return pd.DataFrame(cells).reindex(columns=columns).astype({"influence": float})
 
 
 def styled(frame: pd.DataFrame) -> Styler:
-    """`look`'s table with its verdicts in the colours of the heat map."""
-    names = {"influence": "an edit moves others by", "starts_at": "starts at"}
-    shown = frame.drop(columns="reason").rename(columns=names).style.hide()
-    return shown.map(_verdict_css, subset=["verdict"]).format(na_rep="", precision=2)
+    """`look`'s table with its verdicts in the colours of the heat map, without columns that say nothing.
+
+    Of a reason it has what comes before the first semicolon: what was wrong; after it comes what to do.
+    """
+    names = {"influence": "an edit moves others by", "starts_at": "starts at", "reason": "why"}
+    told = frame.assign(reason=frame["reason"].str.split(";").str[0]).dropna(axis="columns", how="all")
+    shown = told.rename(columns=names).style.hide().map(_verdict_css, subset=["verdict"])
+    left = [name for name in ("starts at", "why") if name in shown.columns]
+    return shown.set_properties(subset=left, **{"text-align": "left"}).format(na_rep="", precision=2)
 
 
 def _verdict_css(verdict: str) -> str:

@@ -23,8 +23,8 @@ from torch import Tensor
 from packlib.attention import flex
 from packlib.attention.kernels import Call, resolve_kernel, varlen_attention
 from packlib.lab import figures, records
-from packlib.lab.clock import matmul_ceiling
 from packlib.lab.figures import COLORS, Picture
+from packlib.lab.runs.clock import matmul_ceiling
 from packlib.lab.strategies import Look
 
 logger = logging.getLogger(__name__)

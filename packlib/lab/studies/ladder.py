@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from packlib.lab import experiment, figures, tables
-from packlib.lab.corpora import content_sha256
+from packlib.lab import figures, tables
+from packlib.lab.data.corpora import content_sha256
 from packlib.lab.figures import Picture
 from packlib.lab.parameters import unknown_name
-from packlib.lab.spec import RunSpec
+from packlib.lab.runs import experiment
+from packlib.lab.runs.spec import RunSpec
 
 Record = Mapping[str, Any]
 MINI_BATCHES, FULL_ROWS = "mini-batches", "full rows"

@@ -15,7 +15,7 @@ import numpy as np
 
 from packlib.lab.parameters import unknown_name
 from packlib.lab.records import had_device_alone
-from packlib.lab.spec import Rig, RunSpec
+from packlib.lab.runs.spec import Rig, RunSpec
 from packlib.lab.strategies import get_strategy, plan_for
 from packlib.lab.studies import ladder
 from packlib.lab.studies.ladder import Record

@@ -19,7 +19,7 @@ import pandas as pd
 from packlib.lab import figures, models, paper, records, tables
 from packlib.lab.figures import Picture
 from packlib.lab.parameters import unknown_name
-from packlib.lab.spec import RunSpec
+from packlib.lab.runs.spec import RunSpec
 from packlib.lab.strategies import STRATEGIES
 from packlib.lab.studies import convergence
 

@@ -62,8 +62,8 @@ def _planner_label(strategy: Strategy) -> str:
 def planner_table(lengths: np.ndarray, *, batch_size: int, max_tokens: int, seed: int = 0) -> pd.DataFrame:
     """Every planner on the same examples.
 
-    Columns `planner, rows, fill` (real tokens over slots, or over capacity), `milliseconds, broken_examples`,
-    `randomness` of stretches of batch_size × max_tokens tokens, `attention_spread` (dearest row over mean row).
+    Columns `planner, rows, fill` (real tokens over slots), `row_fill` (real tokens over rows × capacity; None for
+    mini-batches, which have none), `milliseconds, broken_examples`, `randomness` of stretches of batch_size × max_tokens tokens, `attention_spread` (dearest row over mean row).
     """
     rows = []
     for name, strategy in planners().items():
@@ -74,7 +74,8 @@ def planner_table(lengths: np.ndarray, *, batch_size: int, max_tokens: int, seed
         row = {
             "planner": name,
             "rows": report.rows,
-            "fill": report.fill if report.capacity_fill is None else report.capacity_fill,
+            "fill": report.fill,
+            "row_fill": report.capacity_fill if strategy.layout == "flat" else None,
             "milliseconds": milliseconds,
             "broken_examples": report.broken_examples,
             "randomness": randomness(plan, lengths, batch_size * max_tokens),
@@ -89,7 +90,7 @@ def report_line(lengths: np.ndarray, name: str, *, batch_size: int, max_tokens: 
     strategy = _planner(name)
     plan = plan_for(strategy, lengths, batch_size=batch_size, max_tokens=max_tokens, seed=seed)
     report = plan.report(lengths, strategy.layout)
-    fill = "" if report.capacity_fill is None else f"capacity fill {report.capacity_fill:.3f}, "
+    fill = "" if report.capacity_fill is None else f"row fill {report.capacity_fill:.3f}, "
     return f"{report.rows} rows, waste {report.waste:.2f}, {fill}{report.broken_examples} broken"
 
 
@@ -130,7 +131,9 @@ def randomness(plan: Plan, lengths: np.ndarray, tokens: int) -> float:
 
 
 def fill_by_chunk(lengths: np.ndarray, max_tokens: int, chunks: Sequence[int], seed: int = 0) -> pd.DataFrame:
-    """Best fit when only `chunk` examples, in random order, are planned at once: `max_tokens, chunk, fill, rows, more`.
+    """Best fit when only `chunk` examples, in random order, are planned at once.
+
+    Columns `max_tokens, chunk, row_fill, rows, more`.
 
     `datasets.map` does so with 1000 of them. The last row is all of them at once; `more`: rows above its, as a share.
     """
@@ -140,14 +143,14 @@ def fill_by_chunk(lengths: np.ndarray, max_tokens: int, chunks: Sequence[int], s
         parts = [order[begin : begin + chunk] for begin in range(0, len(order), chunk)]
         count = sum(len(plans.best_fit_decreasing(part, max_tokens, overflow="error")) for part in parts)
         rows.append((max_tokens, chunk, lengths.sum() / (count * max_tokens), count))
-    table = pd.DataFrame(rows, columns=["max_tokens", "chunk", "fill", "rows"])
+    table = pd.DataFrame(rows, columns=["max_tokens", "chunk", "row_fill", "rows"])
     return table.assign(more=table["rows"] / table["rows"].iloc[-1] - 1)
 
 
 def fill_by_buffer(lengths: np.ndarray, max_tokens: int, buffers: Sequence[int], seed: int = 0) -> pd.DataFrame:
-    """Rows of `plans.stream` against its buffer: `source, buffer, fill, rows, offline_fill`; buffers below the corpus.
+    """Rows of `plans.stream` against its buffer: `source, buffer, row_fill, rows, offline_fill`; buffers below the corpus.
 
-    source: `shuffled` or `sorted by length`, as examples come. offline_fill: that of a plan of all of them. Rows are
+    source: `shuffled` or `sorted by length`, as examples come. offline_fill: the row fill of a plan of all of them. Rows are
     those that the stream makes, of tokens that take no memory.
     """
     offline = lengths.sum() / (len(plans.best_fit_decreasing(lengths, max_tokens, overflow="error")) * max_tokens)
@@ -159,7 +162,7 @@ def fill_by_buffer(lengths: np.ndarray, max_tokens: int, buffers: Sequence[int],
             stream = plans.stream(examples, max_tokens, overflow="error", buffer=buffer, seed=seed)
             rows = sum(1 for _ in stream)
             made.append((source, buffer, lengths.sum() / (rows * max_tokens), rows, offline))
-    return pd.DataFrame(made, columns=["source", "buffer", "fill", "rows", "offline_fill"])
+    return pd.DataFrame(made, columns=["source", "buffer", "row_fill", "rows", "offline_fill"])
 
 
 def long_to_short(plan: Plan) -> Plan:
@@ -269,19 +272,19 @@ def _draw_rows(ax: Axes, plan: Plan, examples: int, padded: bool, numbers: float
 
 
 def fill_growth(table: pd.DataFrame, marked: int = 1000) -> Picture:
-    """Fill against how many examples are planned at once (`fill_by_chunk`), with `datasets.map`'s default marked.
+    """Row fill against how many examples are planned at once (`fill_by_chunk`), with `datasets.map`'s default marked.
 
     table: of one or several capacities, a line each.
     """
     worst = planned_at(table[table["max_tokens"] == table["max_tokens"].max()], marked)
     title = f"Planned {worst['chunk']:,.0f} at a time, {worst['max_tokens']:,.0f} tokens a row: "
     title += f"{worst['more']:.1%} more rows"
-    figure, (ax,) = figures.new(9.5, 4.4, f"{title} than all at once. Fill against examples planned at once")
+    figure, (ax,) = figures.new(9.5, 4.4, f"{title} than all at once. Row fill against examples planned at once")
     for i, (capacity, rows) in enumerate(table.groupby("max_tokens")):
         look: dict[str, Any] = {"color": COLORS[i], "marker": figures.MARKERS[i], "markersize": 7}
-        ax.plot(rows["chunk"], 100 * rows["fill"], **look, label=f"rows of {capacity:,} tokens")
+        ax.plot(rows["chunk"], 100 * rows["row_fill"], **look, label=f"rows of {capacity:,} tokens")
     ax.axvline(marked, color="0.25", linestyle=":", linewidth=1.6, label=f"datasets.map: {marked:,} at a time")
-    ax.set(title=title, xscale="log", xlabel="examples planned at once", ylabel="fill of the rows (%)")
+    ax.set(title=title, xscale="log", xlabel="examples planned at once", ylabel="row fill (%)")
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.legend(loc="lower right")
     return figure
@@ -293,16 +296,16 @@ def planned_at(growth: pd.DataFrame, chunk: int = 1000) -> pd.Series:
 
 
 def fill_by_buffer_lines(table: pd.DataFrame) -> Picture:
-    """Fill against the buffer of a stream (`fill_by_buffer`), a line a source, and that of a plan of everything."""
+    """Row fill against the buffer of a stream (`fill_by_buffer`), a line a source, and that of a plan of everything."""
     offline, largest = table["offline_fill"].iloc[0], table["buffer"].max()
-    at = table[table["buffer"] == largest].set_index("source")["fill"]
+    at = table[table["buffer"] == largest].set_index("source")["row_fill"]
     title = f"A buffer of {largest:,} fills {at['shuffled']:.2%}, a plan of all {offline:.2%}"
     figure, (ax,) = figures.new(8.5, 4.2, f"{title}; sorted by length, the stream fills {at['sorted by length']:.2%}")
     for i, (source, line) in enumerate(table.groupby("source", sort=False)):
         color, marker = COLORS[3 * i], figures.MARKERS[i]
-        ax.plot(line["buffer"], 100 * line["fill"], marker=marker, markersize=7, color=color, label=f"stream, {source}")
+        ax.plot(line["buffer"], 100 * line["row_fill"], marker=marker, markersize=7, color=color, label=f"stream, {source}")
     ax.axhline(100 * offline, **figures.LIMIT, label="plan of all examples")
-    ax.set(title=title, xscale="log", xlabel="examples in the buffer", ylabel="fill of the rows (%)")
+    ax.set(title=title, xscale="log", xlabel="examples in the buffer", ylabel="row fill (%)")
     ax.legend(loc="lower right")
     return figure
 
@@ -312,7 +315,9 @@ def drift(named: Mapping[str, Plan]) -> Picture:
 
     An order that drifts changes the batch, and its statistics, with time.
     """
-    alt = "Examples per row over the epoch: " + ", ".join(named)
+    ends = {name: _ends(plan.row_examples) for name, plan in named.items()}
+    told = [f"{name}: {first:.1f} in the first tenth, {last:.1f} in the last" for name, (first, last) in ends.items()]
+    alt = f"Examples per row over the epoch. {'; '.join(told)}"
     figure, axes = figures.new(6 * len(named), 4, alt, len(named), sharey=True)
     for i, (ax, (name, plan)) in enumerate(zip(axes, named.items())):
         x, counts = 100 * np.arange(len(plan)) / len(plan), plan.row_examples
@@ -323,6 +328,12 @@ def drift(named: Mapping[str, Plan]) -> Picture:
         ax.legend()
     axes[0].set_ylabel("examples per row")
     return figure
+
+
+def _ends(counts: np.ndarray) -> tuple[float, float]:
+    """Mean of the first tenth, and of the last."""
+    tenth = max(len(counts) // 10, 1)
+    return float(counts[:tenth].mean()), float(counts[-tenth:].mean())
 
 
 def rank_waiting(named: Mapping[str, Plan], world_size: int, steps: int = 40) -> Picture:
@@ -352,12 +363,12 @@ def buffer_finding(table: pd.DataFrame, within: float = 0.005) -> str:
     """What `fill_by_buffer` found: the buffer from which on a stream is as full as a plan, and what sorting costs."""
     offline = table["offline_fill"].iloc[0]
     shuffled, in_order = (lines for _, lines in table.groupby("source", sort=False))
-    short = shuffled[shuffled["fill"] < (1 - within) * offline]
+    short = shuffled[shuffled["row_fill"] < (1 - within) * offline]
     enough = shuffled[shuffled["buffer"] > short["buffer"].max()] if len(short) else shuffled
-    largest, last = shuffled["buffer"].iloc[-1], in_order["fill"].iloc[-1]
+    largest, last = shuffled["buffer"].iloc[-1], in_order["row_fill"].iloc[-1]
     found = f"no buffer up to {largest:,} is" if enough.empty else f"a buffer of {enough['buffer'].iloc[0]:,} is"
     return (
-        f"Shuffled, {found} within {within:.1%} of the fill of a plan of everything ({offline:.2%}); "
+        f"Shuffled, {found} within {within:.1%} of the row fill of a plan of everything ({offline:.2%}); "
         f"sorted by length, a buffer of {largest:,} fills {last:.2%}, {1 - last / offline:.1%} less than the plan."
     )
 
@@ -387,7 +398,7 @@ def findings(
         f"Cutting every {max_tokens:,} tokens breaks {by_planner.loc['fixed_length', 'broken_examples']:,} "
         f"of {len(lengths):,} examples.",
         f"Planned {chunked[0]['chunk']:,.0f} at a time, "
-        + ", ".join(f"rows of {at['max_tokens']:,.0f} tokens are {at['fill']:.2%} full" for at in chunked)
+        + ", ".join(f"rows of {at['max_tokens']:,.0f} tokens are {at['row_fill']:.2%} full" for at in chunked)
         + f"; that is up to {max(at['more'] for at in chunked):.1%} more steps than planned all at once.",
         f"On {ranks} ranks the slowest does {slowest:.2f} × the mean attention work of its step; "
         f"balanced, {balanced:.2f} ×.",

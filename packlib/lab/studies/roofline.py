@@ -2,7 +2,7 @@
 
     work       6 N operations a slot, N parameters that a slot is multiplied with
     bytes      weights read forward and backward and gradients written, once a micro-batch; 8 more numbers a parameter
-               for the optimiser, once a step (`packlib.lab.limits` counts the same)
+               for the optimiser, once a step (`packlib.lab.runs.limits` counts the same)
     roof       the slower of both: operations at the measured matrix rate, bytes at the measured copy rate
 
 Packing removes slots that do no good, and so moves a strategy to the left as well as towards its useful work: where a

@@ -165,15 +165,17 @@ def token_strips(batch: Batch, lengths: Sequence[int], names: Sequence[str] = TE
     `cu_seq_lens_q` stands below the borders between the examples.
     """
     owner, edges = np.repeat(np.arange(len(lengths)), lengths), batch["cu_seq_lens_q"].tolist()
-    alt = f"The packed row of {len(owner)} tokens as a table: {', '.join(names)}; "
-    alt += f"cu_seqlens {edges} at the borders between examples"
+    alt = f"The packed row of {len(owner)} tokens as a table: {', '.join(names)}; cu_seqlens {edges} at the borders. "
+    restarts = torch.nonzero(batch["position_ids"][0] == 0).flatten().tolist()
+    ignored = torch.nonzero(batch["labels"][0] == IGNORE_INDEX).flatten().tolist()
+    alt += f"position_ids are 0 at {restarts}, labels are {IGNORE_INDEX} at {ignored}"
     figure, (ax,) = figures.new(0.37 * len(owner) + 1.3, 0.42 * len(names) + 1.2, alt)
     for y, name in enumerate(names):
         for x, value in enumerate(batch[name][0].tolist()):
-            ignored = name == "labels" and value == IGNORE_INDEX
-            color = figures.PAD if ignored else (*figures.EXAMPLES[owner[x] % 8], 0.35)
+            no_label = name == "labels" and value == IGNORE_INDEX
+            color = figures.PAD if no_label else (*figures.EXAMPLES[owner[x] % 8], 0.35)
             ax.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white"))
-            ax.text(x + 0.5, y + 0.5, value, ha="center", va="center", fontsize=9 if ignored else 10)
+            ax.text(x + 0.5, y + 0.5, value, ha="center", va="center", fontsize=9 if no_label else 10)
     ax.vlines(edges, 0, len(names) + 0.12, color="black", linewidth=1.8, clip_on=False)
     ax.set(xlim=(0, len(owner)), ylim=(len(names), 0), xticks=edges)
     ax.set_yticks(np.arange(len(names)) + 0.5, names)
@@ -190,7 +192,8 @@ def attention_pictures(lengths: Sequence[int], weights: Sequence[np.ndarray], ti
 
     White is no attention at all.
     """
-    alt = f"Attention weights, {' beside '.join(titles)}; examples of {list(lengths)} tokens"
+    told = [f"{title}: {foreign_share(w, lengths):.0%} goes to other examples" for w, title in zip(weights, titles)]
+    alt = f"Attention weights of examples of {list(lengths)} tokens. {'; '.join(told)}"
     figure, axes = figures.new(4.9 * len(titles) + 0.8, 5.0, alt, len(titles))
     edges = np.cumsum([0, *lengths])
     centres, letters = (edges[:-1] + edges[1:] - 1) / 2, [chr(65 + i) for i in range(len(lengths))]
@@ -207,6 +210,16 @@ def attention_pictures(lengths: Sequence[int], weights: Sequence[np.ndarray], ti
     axes[0].set_ylabel("query: token of example …")
     figure.colorbar(image, ax=axes, shrink=0.8, label="attention weight (square-root scale)")
     return figure
+
+
+def foreign_share(weights: np.ndarray, lengths: Sequence[int]) -> float:
+    """Share of the attention ([T, T], rows = queries) that goes to another example.
+
+    >>> foreign_share(np.array([[1.0, 0.0], [0.5, 0.5]]), [1, 1])
+    0.25
+    """
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    return float(weights[owner[:, None] != owner].sum() / weights.sum())
 
 
 def logit_changes(changes: Mapping[str, np.ndarray], lengths: Sequence[int], edited: int) -> Picture:

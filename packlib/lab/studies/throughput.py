@@ -18,9 +18,9 @@ import pandas as pd
 from scipy import stats
 
 from packlib.lab import doubts, figures, tables
-from packlib.lab.corpora import load_corpus
+from packlib.lab.data.corpora import load_corpus
 from packlib.lab.figures import Picture
-from packlib.lab.spec import RunSpec
+from packlib.lab.runs.spec import RunSpec
 from packlib.lab.strategies import STRATEGIES, get_strategy, plan_for
 
 PLACE = ("models", "corpora", "strategies")  # what arms are spread over

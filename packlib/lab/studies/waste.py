@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from packlib import plans
 from packlib.lab import figures
 from packlib.lab.advice import Advice
-from packlib.lab.corpora import load_corpus
+from packlib.lab.data.corpora import load_corpus
 from packlib.lab.figures import COLORS, Picture
 from packlib.lab.strategies import STRATEGIES, Strategy, plan_for
 from packlib.plans import Plan
@@ -35,16 +35,21 @@ def strategy_table(lengths: Sequence[int], *, batch_size: int, seed: int = 0) ->
     """Every strategy as a plan, a layout and a boundary, and what it needs for examples of these lengths.
 
     batch_size: examples of a mini-batch. A row has room for the longest example. Columns `in words`, `plan` (what its
-    planner says of itself), `layout`, `boundary`, `steps` (micro-batches, one each) and `slots`.
+    planner says of itself), `layout`, `boundary`, `a step holds` (at most), `steps` and `slots`.
     """
-    rows = {}
+    rows, longest = {}, max(lengths)
     for strategy in STRATEGIES.values():
-        plan = plan_for(strategy, lengths, batch_size=batch_size, max_tokens=max(lengths), seed=seed)
+        plan = plan_for(strategy, lengths, batch_size=batch_size, max_tokens=longest, seed=seed)
         rows[strategy.name] = {
             "in words": strategy.label,
             "plan": _in_a_sentence(strategy) if strategy.trl is None else "as TRL makes it",
             "layout": strategy.layout,
             "boundary": strategy.boundary,
+            "a step holds": {
+                "examples": f"{batch_size} examples",
+                "row": f"{batch_size} rows of {longest} slots",
+                "batch": f"{batch_size * longest} slots",
+            }[strategy.size],
             "steps": -(-len(plan) // strategy.rows_per_batch(batch_size)),
             "slots": plan.report(lengths, strategy.layout).slots,
         }
@@ -72,7 +77,7 @@ def waste_by_batch_size(lengths: np.ndarray, batch_sizes: Sequence[int], seed: i
 def capacity_table(lengths: np.ndarray, capacities: Sequence[int]) -> pd.DataFrame:
     """What rows of some capacities (tokens) lose by truncation, and how full best fit packs what is left.
 
-    Columns `max_tokens`, `cut_examples, lost_tokens` (shares), `fill`, `rows`.
+    Columns `max_tokens`, `cut_examples, lost_tokens` (shares), `row_fill` (real tokens over rows × capacity), `rows`.
     """
     rows = []
     for capacity in capacities:
@@ -80,7 +85,7 @@ def capacity_table(lengths: np.ndarray, capacities: Sequence[int]) -> pd.DataFra
         report = plans.best_fit_decreasing(kept, capacity, overflow="error").report(kept)
         cut, lost = (lengths > capacity).mean(), 1 - kept.sum() / lengths.sum()
         rows.append((capacity, cut, lost, report.capacity_fill, report.rows))
-    return pd.DataFrame(rows, columns=["max_tokens", "cut_examples", "lost_tokens", "fill", "rows"])
+    return pd.DataFrame(rows, columns=["max_tokens", "cut_examples", "lost_tokens", "row_fill", "rows"])
 
 
 def tokenizer_table(
@@ -118,7 +123,7 @@ def tokenizer_effect(table: pd.DataFrame) -> str:
 
     >>> columns = ["tokenizer", "vocabulary", "tokens", "std / mean", "waste, whole", "waste, cut", "lost tokens"]
     >>> rows = [("few", 300, 4000, 1.0, 2.0, 1.5, 0.5), ("many", 900, 1000, 1.1, 2.1, 1.8, 0.25)]
-    >>> tokenizer_effect(pd.DataFrame(rows, columns=columns))[:87]
+    >>> tokenizer_effect(pd.DataFrame(rows, columns=columns))[:88]
     'From few to many the text shrinks by 75%, the spread of its lengths (std / mean) changes'
     """
     few, many = (table.loc[place] for place in (table["vocabulary"].idxmin(), table["vocabulary"].idxmax()))
@@ -298,14 +303,14 @@ def capacity_curves(tables: Mapping[str, pd.DataFrame]) -> Picture:
         f"{name}: {table['lost_tokens'].iloc[0]:.0%} of the tokens lost at {table['max_tokens'].iloc[0]}"
         for name, table in tables.items()
     ]
-    figure, (lost, fill) = figures.new(11.5, 4.2, f"Tokens lost and fill by capacity. {'; '.join(told)}", 2)
+    figure, (lost, fill) = figures.new(11.5, 4.2, f"Tokens lost and row fill by capacity. {'; '.join(told)}", 2)
     for i, (name, table) in enumerate(tables.items()):
         color, marker = COLORS[i % len(COLORS)], figures.MARKERS[i % 6]
-        for ax, values in ((lost, 100 * table["lost_tokens"]), (fill, table["fill"])):
+        for ax, values in ((lost, 100 * table["lost_tokens"]), (fill, table["row_fill"])):
             ax.plot(table["max_tokens"], values, color=color, marker=marker, markersize=7, label=name)
-    fills = pd.concat([table["fill"] for table in tables.values()])
+    fills = pd.concat([table["row_fill"] for table in tables.values()])
     lost.set(title=told[0], ylabel="tokens lost by truncation (%)")
-    fill.set(title=f"Best fit: rows {fills.min():.1%} to {fills.max():.1%} full", ylabel="tokens / capacity")
+    fill.set(title=f"Best fit: rows {fills.min():.1%} to {fills.max():.1%} full", ylabel="row fill, tokens / (rows × capacity)")
     for ax in (lost, fill):
         figures.log2_axis(ax)
         ax.set_xlabel("capacity of a row, max_tokens")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from packlib.lab import records
-from packlib.lab.corpora import content_sha256
-from packlib.lab.spec import RunSpec
+from packlib.lab.data.corpora import content_sha256
+from packlib.lab.runs.spec import RunSpec
 
 
 def write(folder: Path, spec: RunSpec, *, status: str = "ok", **parts: Any) -> dict[str, Any]:

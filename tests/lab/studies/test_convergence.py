@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from packlib.lab import experiment, records, reproduce, worker
-from packlib.lab.spec import RunSpec
+from packlib.lab import records
+from packlib.lab.pages import reproduce
+from packlib.lab.runs import experiment, worker
+from packlib.lab.runs.spec import RunSpec
 from packlib.lab.strategies import STRATEGIES
 from packlib.lab.studies import convergence
 from packlib.lab.studies.convergence import EPOCHS, FIXED, MULTIPACK, POSID, STEPS

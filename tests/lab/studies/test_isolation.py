@@ -91,7 +91,29 @@ def test_a_look_is_a_few_cells():
     frame = isolation.look(["opt"], ["sdpa", "packlib_varlen"], ["FlatteningCollator"])
     assert frame["verdict"].tolist() == ["leak", "exact"]
     page = isolation.styled(frame).to_html()
-    assert isolation.VERDICTS["leak"] in page and "an edit moves others by" in page
+    assert isolation.VERDICTS["leak"] in page and "an edit moves others by" in page and ">why<" not in page
+
+
+def test_a_refusal_says_why():
+    frame = isolation.look(["llama"], ["packlib_varlen"], ["position ids alone"])
+    page = isolation.styled(frame).to_html()
+    assert frame["verdict"].tolist() == ["refused"] and ">why<" in page
+    assert "no boundaries reached the attention<" in page and "starts at" not in page
+
+
+@pytest.mark.parametrize("lengths", [(9, 4, 6, 11), (7, 3, 5), (5, 5, 5, 5)])
+def test_any_lengths_fit_two_rows(lengths):
+    for attention, verdict in (("sdpa", "exact"), ("flash_attention_2", "leak")):
+        cell = isolation.check_cell("llama", attention, "two packed rows", "float32", lengths)
+        assert cell["verdict"] == verdict, (attention, cell)
+
+
+def test_a_look_packs_examples_of_the_lengths_that_it_is_given():
+    for lengths in ((2, 2), (9, 2)):
+        frame = isolation.look(["gpt2"], ["packlib_varlen"], ["cu_seqlens, no position ids"], lengths=lengths)
+        assert frame["verdict"].tolist() == ["shifted"]
+    record = isolation.run_matrix(["llama"], ["sdpa"], ["position ids alone"], ["float32"], lengths=(9, 2))
+    assert record["lengths"] == [9, 2]
 
 
 def test_influence_is_drawn_as_it_was_measured():

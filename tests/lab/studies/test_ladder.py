@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from packlib.lab import records, reproduce
-from packlib.lab.spec import Rig, RunSpec
+from packlib.lab import records
+from packlib.lab.pages import reproduce
+from packlib.lab.runs.spec import Rig, RunSpec
 from packlib.lab.studies import ladder, next_rung
 from packlib.lab.studies.ladder import FULL_ROWS, MINI_BATCHES
 from tests.lab.studies import made_records

@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from packlib.lab import advice, experiment, figures, records, report, strategies, tables, worker
-from packlib.lab.spec import RunSpec
+from packlib.lab import advice, figures, records, strategies, tables
+from packlib.lab.pages import report
+from packlib.lab.runs import experiment, worker
+from packlib.lab.runs.spec import RunSpec
 from packlib.lab.strategies import STRATEGIES, Look, Strategy
 from packlib.lab.studies import convergence, paper, planning, throughput, waste
 from packlib.plans import Plan

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from packlib.lab import models, paper, records
-from packlib.lab.spec import Rig, RunSpec
+from packlib.lab.runs.spec import Rig, RunSpec
 from packlib.lab.studies import convergence
 from packlib.lab.studies import paper as comparison
 from packlib.lab.studies.convergence import EPOCHS, FIXED, POSID, STEPS

@@ -34,13 +34,15 @@ def test_every_planner_has_a_line_that_agrees_with_its_plan():
     assert list(table.index) == list(planning.planners())
     assert table.loc["best_fit_decreasing", "rows"] == len(best_fit_decreasing(LENGTHS, 512, overflow="error"))
     assert table.loc["fixed_length", "broken_examples"] > 0
+    assert (table.loc["fixed_length":, "fill"] == 1).all() and table.loc["shuffled_batches", "fill"] < 1
+    assert table["row_fill"].isna().sum() == 4 and table.loc["next_fit (random)", "row_fill"] < 1
     assert (table.drop("fixed_length")["broken_examples"] == 0).all()
     assert table.loc["shuffled_batches", "randomness"] > 0.7 > 0.5 > table.loc["length_grouped_batches", "randomness"]
 
 
 def test_a_planner_is_named_by_its_label():
     assert planning.report_line(LENGTHS[:20], "shuffled_batches", **SIZES).startswith("5 rows, waste ")
-    assert "capacity fill 0." in planning.report_line(LENGTHS[:20], "histogram", **SIZES)
+    assert "row fill 0." in planning.report_line(LENGTHS[:20], "histogram", **SIZES)
     for function in (planning.report_line, lambda n, name, **sizes: planning.row_pictures(n, [name], seed=0, **sizes)):
         with pytest.raises(ValueError, match=r"unknown planner 'best_fit'; known: best_fit_decreasing"):
             function(LENGTHS, "best_fit", **SIZES)
@@ -54,7 +56,7 @@ def test_no_packer_needs_fewer_rows_than_the_bound():
 def test_fill_grows_with_what_is_planned_at_once():
     table = planning.fill_by_chunk(LENGTHS, 512, [10, 100, 10**6])
     assert table["chunk"].tolist() == [10, 100, len(LENGTHS)]
-    assert table["fill"].is_monotonic_increasing
+    assert table["row_fill"].is_monotonic_increasing
     assert table["rows"].iloc[-1] == len(best_fit_decreasing(LENGTHS, 512, overflow="error"))
     assert planning.fill_by_chunk(LENGTHS, 512, [10])["chunk"].tolist() == [10, len(LENGTHS)], "all at once, too"
     assert planning.planned_at(table, 90)["chunk"] == 100
@@ -66,8 +68,8 @@ def test_fill_grows_with_what_is_planned_at_once():
 def test_a_stream_fills_as_its_buffer_and_its_order_allow():
     table = planning.fill_by_buffer(LENGTHS, 512, [20, 200, 1000, 10**6])
     assert table["buffer"].tolist() == [20, 200, 1000] * 2, "below the corpus"
-    assert table["fill"].tolist() == pytest.approx((LENGTHS.sum() / 512 / table["rows"]).tolist())
-    shuffled, in_order = (lines["fill"].tolist() for _, lines in table.groupby("source", sort=False))
+    assert table["row_fill"].tolist() == pytest.approx((LENGTHS.sum() / 512 / table["rows"]).tolist())
+    shuffled, in_order = (lines["row_fill"].tolist() for _, lines in table.groupby("source", sort=False))
     assert shuffled[0] < shuffled[-1] <= table["offline_fill"].max() and in_order[0] < shuffled[0]
     found = planning.buffer_finding(table)
     assert f"sorted by length, a buffer of 1,000 fills {in_order[-1]:.2%}" in found and "Shuffled, a buffer of" in found
@@ -141,6 +143,16 @@ def test_figures_draw_and_say_what_they_show():
         for ax in figure.axes:
             if ax.get_visible():
                 assert ax.get_title(loc="left") and ax.get_xlabel(), figure.alt
+
+
+def test_drift_is_told_as_it_is_drawn():
+    plan = plans.next_fit([4, 4, *[1] * 16], 4, overflow="error", order="sorted")
+    drifting, level = planning.long_to_short(plan), plan.take([0, 5, 1, 2, 3, 4])
+    counts = {name: made.row_examples for name, made in {"sorted": drifting, "mixed": level}.items()}
+    assert (counts["sorted"][0], counts["sorted"][-1]) == (1, 4)
+    alt = planning.drift({"sorted": drifting, "mixed": level}).alt
+    assert "sorted: 1.0 in the first tenth, 4.0 in the last; mixed: " in alt
+    assert alt.endswith(f"mixed: {counts['mixed'][0]:.1f} in the first tenth, {counts['mixed'][-1]:.1f} in the last")
 
 
 def test_findings_are_computed():

@@ -110,6 +110,7 @@ def test_token_strips_write_every_value_and_border():
     assert written == [str(v) for name in ("input_ids", "labels", "position_ids") for v in ISOLATED[name][0].tolist()]
     assert figure.axes[0].get_xticks().tolist() == [0, 4, 12, 17, 28]
     assert "[0, 4, 12, 17, 28]" in figure.alt
+    assert figure.alt.endswith("position_ids are 0 at [0, 4, 12, 17], labels are -100 at [0, 4, 12, 17]")
 
 
 def test_attention_pictures_leave_white_what_is_not_attended():
@@ -119,7 +120,7 @@ def test_attention_pictures_leave_white_what_is_not_attended():
     figure.canvas.draw()
     pictures = [np.ma.filled(ax.images[0].get_array(), np.nan) for ax in figure.axes[:2]]
     assert [int(np.isnan(picture).sum()) for picture in pictures] == [10, 16]
-    assert "contaminated beside PosID" in figure.alt
+    assert figure.alt.endswith("contaminated: 40% goes to other examples; PosID: 0% goes to other examples")
 
 
 def test_logit_changes_name_the_largest_change_of_the_others():

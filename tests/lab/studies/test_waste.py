@@ -20,6 +20,9 @@ def test_every_strategy_has_a_line():
     assert (table.loc[table["layout"] == "flat", "slots"] == sum(EIGHT)).all()
     assert list(table.index[table["boundary"] == "row"]) == ["fixed_length_packing"]
     assert table.loc["trl_padding", "plan"] == "as TRL makes it"
+    holds = table["a step holds"]
+    assert holds["padding"] == "4 examples" and holds["fixed_length_packing"] == "4 rows of 14 slots"
+    assert holds["multipack_posid"] == "56 slots"
     assert table.loc["dynapipe", "plan"].startswith("DynaPipe's micro-batches (2311.10418): sort by length")
     assert table.loc["sorted_packing_posid", "plan"].endswith("(order = sorted)")
 

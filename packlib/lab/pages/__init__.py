@@ -1,0 +1,1 @@
+"""What people read: notebooks and their parameters, batch runs, reports, README's tables, the book."""

@@ -1,0 +1,261 @@
+"""`python -m packlib tables`: every measured number of README.md, and published reports, written from records.
+
+A block begins with `<!-- table: NAME RUN -->` and ends with `<!-- end -->`; between them stands `BLOCKS[NAME]` of
+papermill_runs/RUN/records, nothing where they hold nothing for it. The figure's alt text has all of its numbers and is
+stored in the PNG, so that `--check`, which only compares, notices an old picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from packlib.lab import doubts, figures, paper, records, tables
+from packlib.lab.pages import report
+from packlib.lab.parameters import unknown_name
+from packlib.lab.studies import convergence
+from packlib.lab.studies import paper as comparison
+
+BLOCK = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+MODEL, NAME = "mistral-7b", "Mistral-7B"  # of the headline
+STANDS_FOR = {"multitask": comparison.FLAN, "math": "OrcaMath"}  # our corpora and the paper's
+SETTING = {name: paper.SETTING[name] for name in ("batch_size", "max_tokens", "gradient_accumulation")}
+HEADLINE = ["padding", "group_by_length", "minibatch_packing", "multipack_posid", "trl_padding_free", "trl_packing_bfd"]
+SAME_BATCHES = ["padding", "minibatch_packing", "trl_padding", "trl_padding_free"]  # the same examples at every step
+RATIO = {"multitask": "{:.2f}", "math": "about {:.1f}"}  # "about" is what the blog post says of OrcaMath
+
+
+def _speed(frame: pd.DataFrame) -> pd.DataFrame:
+    """The timed runs of whole models at the paper's setting that had the device to themselves.
+
+    `model` is written with its rig, where it was measured on several.
+    """
+    at_setting = (frame[list(SETTING)] == pd.Series(SETTING)).all(axis=1)
+    timed = tables.alone(frame[at_setting & frame["eval_every"].isna() & frame["layers"].isna()])
+    return timed.assign(model=tables.named_models(timed["model"], tables.rigs(timed)))
+
+
+def _against(frame: pd.DataFrame) -> pd.DataFrame:
+    """`tables.against` corpus by corpus.
+
+    `data` is the corpus in one word, `speed_up_paper` the paper's ratio.
+    """
+    table = tables.against(_speed(frame))
+    table["data"] = table["corpus"].map(_data)
+    known = comparison.paper_values()[["data", "model", "strategy", "speed_up"]].assign(kernel="auto")
+    known["data"] = known["data"].replace({theirs: ours for ours, theirs in STANDS_FOR.items()})
+    keys = ["data", "model", "strategy", "kernel"]
+    table = table.merge(known, how="left", on=keys, suffixes=("", "_paper"))
+    place = {name: i for i, name in enumerate(dict.fromkeys([*STANDS_FOR, *table["data"]]))}
+    return table.sort_values("data", key=lambda names: names.map(place), kind="stable", ignore_index=True)
+
+
+def _data(corpus: str) -> str:
+    return tables.short(corpus).split("_")[0]
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    shown = tables.display_table(table).assign(model=table["model"], corpus=table["data"]).drop(columns="rows")
+    theirs = [
+        "" if pd.isna(ratio) else RATIO[data].format(ratio)
+        for data, ratio in zip(table["data"], table["speed_up_paper"])
+    ]
+    shown.insert(list(shown).index("× padding") + 1, "the paper's", theirs)
+    alike = [name for name in ("model", "corpus") if shown[name].nunique() == 1]
+    return tables.markdown(shown.drop(columns=alike))
+
+
+def _headline(frame: pd.DataFrame) -> pd.DataFrame:
+    table = _against(frame)
+    chosen = (table["model"] == MODEL) & (table["kernel"] == "auto") & table["strategy"].isin(HEADLINE)
+    return table[chosen].reset_index(drop=True)
+
+
+def _devices(frame: pd.DataFrame) -> str:
+    places = {*zip(frame["environment.device_count"], frame["environment.device"])}
+    return " and ".join(f"{n:.0f} × {device}" for n, device in sorted(places))
+
+
+def claim(frame: pd.DataFrame, run: str) -> str:
+    """The finding in bold."""
+    arms = _headline(frame).set_index(["data", "strategy"]).loc["multitask"]
+    packed, full = arms.loc["minibatch_packing"], arms.loc["multipack_posid"]
+    saved = f"{100 * (1 - packed['memory_ratio']):.0f} % less peak memory"
+    return (
+        f"**{NAME} on {_devices(_speed(frame))}, a multi-task corpus, batches of {SETTING['batch_size']}: padding "
+        f"computes {packed['limit']:.2f} slots for every real token. Flattening the same batches trains "
+        f"{packed['speed_up']:.2f} × as fast with {saved}; packing whole examples into full rows trains "
+        f"{full['speed_up']:.2f} × as fast, in fewer and larger steps.**{_reserve(frame)}"
+    )
+
+
+def _reserve(frame: pd.DataFrame) -> str:
+    """What has to stand beside a claim of a run whose controls are off; else nothing."""
+    if not doubts.doubts(frame):
+        return ""
+    return " *A control of this run is off (below): read large differences, not small ones.*"
+
+
+def headline(frame: pd.DataFrame, run: str) -> str:
+    """The table of the headline, what it was measured on, and whether the run's controls hold."""
+    speed = _speed(frame)
+    used = speed[(speed["model"] == MODEL) & (speed["status"] == "ok")]
+    one = used.iloc[0]
+    versions = ", ".join(f"{name} {one[f'environment.{name.lower()}']}" for name in ("torch", "transformers", "TRL"))
+    recompute = ", gradient checkpointing" if one["rig.recompute"] == "all" else ""
+    examples = f"{SETTING['batch_size']} examples × {SETTING['gradient_accumulation']} accumulated"
+    steps = f"{one['metrics.measured_steps']:.0f} steps an arm after {one['warmup_steps']:.0f} of warm-up"
+    where = (
+        f"{_devices(used)}, {versions}; random weights, {one['dtype']}{recompute}; "
+        f"{examples}, {SETTING['max_tokens']:,} tokens at most; {steps}"
+    )
+    gap = _largest_gap(used, records.read_records(records.run_folder(run, create=False)))
+    parity = f"Arms that get the same mini-batches agree in training loss to {gap:.3f} nats at every step."
+    table = _headline(frame).assign(fill=np.nan)
+    doubted = "".join(f"\n\n> [!CAUTION]\n> 🔴 **{doubt}**" for doubt in doubts.doubts(frame))
+    return f"{_markdown(table)}\n\n{where}. {parity}{doubted}"
+
+
+def _largest_gap(used: pd.DataFrame, found: Iterable[Mapping[str, Any]]) -> float:
+    """Largest difference of a step's training loss between arms of a corpus with the same mini-batches, in nats."""
+    losses = {record["run_id"]: record["trace"]["loss"] for record in found if record["trace"]}
+    same = used[used["strategy"].isin(SAME_BATCHES)].groupby("corpus")["run_id"]
+    return max(float(np.ptp([losses[run_id] for run_id in ids], axis=0).max()) for _, ids in same)
+
+
+def arms(frame: pd.DataFrame, run: str) -> str:
+    """Every arm of the headline's model."""
+    table = _against(frame)
+    return _markdown(table[table["model"] == MODEL].reset_index(drop=True))
+
+
+def models(frame: pd.DataFrame, run: str) -> str:
+    """MiniBatchPacking of every model on the first corpus."""
+    table = _against(frame)
+    packed = (table["strategy"] == "minibatch_packing") & (table["kernel"] == "auto")
+    return _markdown(table[packed & (table["data"] == next(iter(STANDS_FOR)))].reset_index(drop=True))
+
+
+def losses(frame: pd.DataFrame, run: str) -> str:
+    """Validation losses of notebook 07's arms that leave learning rate and shuffling as they are."""
+    arms = convergence.recognised(records.read_records(records.run_folder(run, create=False)))
+    wanted = {identity: arm for identity, arm in arms.items() if arm.variant in convergence.SHARES}
+    found = frame[frame["run_id"].isin(wanted) & (frame["status"] == "ok")]
+    rows = []
+    for (_, corpus), group in found.groupby(["model", "corpus"], sort=False):
+        labels = [wanted[identity].label for identity in group["run_id"]]
+        group = group.assign(arm=labels, per_token=group["metrics.eval_loss_per_token"])
+        told = {gap["label"]: convergence.tell(gap) for gap in convergence.differences(group).to_dict("records")}
+        for name, runs in group.groupby("arm", sort=False):
+            row = {"corpus": _data(corpus), "batching": name, "steps": f"{runs['metrics.optimizer_steps'].mean():,.0f}"}
+            row |= {"validation loss": f"{runs['per_token'].mean():.4f}", "minus padding's": told.get(name, "")}
+            rows.append(row)
+    if not rows:
+        return ""
+    models = " and ".join(found["model"].map(tables.short).unique())
+    said = f"Validation loss of {models} (notebook 07), on held-out examples that see only themselves"
+    return f"{said}, each arm against padding seed by seed:\n\n{tables.markdown(pd.DataFrame(rows))}"
+
+
+def figure(frame: pd.DataFrame, run: str) -> str:
+    """The figure of the headline, its numbers as alt text."""
+    bars = [
+        f"{row.data}, {figures.label(row.strategy)} {row.speed_up:.2f} (limit {row.limit:.2f})"
+        for row in _headline(frame).dropna(subset="speed_up").itertuples()
+    ]
+    alt = f"Real tokens/s relative to padding, {NAME} on {_devices(_speed(frame))}. {'; '.join(bars)}."
+    return f"![{alt}](papermill_runs/{run}/figures/readme.png)"
+
+
+def climb(frame: pd.DataFrame, run: str) -> str:
+    """The climb of notebook 08 on small mini-batches: its figure, and what it found on the first corpus."""
+    folder = records.run_folder(run, create=False)
+    summary = records.read_json(folder / "summaries" / "08_climb_to_the_limit.json")
+    of_first = summary["findings"][0].split(":")[0]
+    said = [finding.removeprefix(f"{of_first}: ") for finding in summary["findings"] if finding.startswith(of_first)]
+    devices = _devices(frame[frame["status"] == "ok"])
+    alt, picture = summary["figures"]["08_mini_batches"], f"papermill_runs/{run}/figures/08_mini_batches.png"
+    return "\n".join([f"![{alt}]({picture})", "", f"{NAME} on {devices}, {of_first}:", "", *(f"- {s}" for s in said)])
+
+
+BLOCKS = {function.__name__: function for function in (claim, headline, figure, climb, arms, models, losses)}
+
+
+def _draw(frame: pd.DataFrame, path: Path, text: str) -> None:
+    """Draw the headline's figure, with `text` as its description."""
+    figures.theme()
+    table = _headline(frame).dropna(subset="speed_up")
+    first = table.drop_duplicates("strategy").set_index("strategy")["speed_up"]
+    said = f"{first['minibatch_packing']:.2f} × as fast flattened, {first['multipack_posid']:.2f} × in full rows"
+    title = f"{NAME} on {_devices(_speed(frame))}, {table['data'].iloc[0]}: {said}"
+    picture = figures.bars_with_limits(table.assign(corpus=table["data"]), title)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(figures.png(picture, text))
+
+
+def render(text: str, *, draw: bool = False) -> tuple[str, list[str]]:
+    """README's text as the records have it, and the names of its blocks that differed.
+
+    draw: draw the figure anew if it did. Raises `ValueError` for an unknown block, and for a run without records.
+    """
+    stale = []
+
+    def block(match: re.Match[str]) -> str:
+        begin, name, run, old, end = match.groups()
+        if name not in BLOCKS:
+            raise unknown_name("block of README.md", name, BLOCKS)
+        folder = records.run_folder(run, create=False)
+        frame = records.load_records(folder)
+        if not len(frame):
+            raise ValueError(f"papermill_runs/{run}/records is empty; expected the records of a published run")
+        new, picture = BLOCKS[name](frame, run), folder / "figures" / "readme.png"
+        old_picture = name == "figure" and _description(picture) != new
+        if old_picture and draw:
+            _draw(frame, picture, new)
+        new += "\n" if new else ""
+        if new != old or old_picture:
+            stale.append(name)
+        return begin + new + end
+
+    return BLOCK.sub(block, text), stale
+
+
+def _description(picture: Path) -> str | None:
+    """The description in a PNG file; None without one."""
+    if not picture.exists():
+        return None
+    with Image.open(picture) as image:
+        return image.info.get("Description")
+
+
+def update(*, check: bool = False) -> str:
+    """Write README.md anew, and the reports of the runs that it names; returns what was done.
+
+    check: write nothing, raise `ValueError` where one of them differs.
+    """
+    path = records.project_root() / "README.md"
+    text, stale = render(path.read_text(encoding="utf-8"), draw=not check)
+    runs = sorted({match[3] for match in BLOCK.finditer(text)})
+    old = [run for run in runs if not _reported(records.run_folder(run, create=False))]
+    if check and stale:
+        raise ValueError(f"README.md is not what the records say: {', '.join(stale)}; run make tables")
+    if check and old:
+        raise ValueError(f"report.md of {', '.join(old)} is not what the records say; run make tables")
+    if stale:
+        path.write_text(text, encoding="utf-8")
+    for run in old:
+        report.write_report(records.run_folder(run))
+    reports = f"; report.md: {', '.join(old) or 'nothing'} to change"
+    return f"README.md: {', '.join(stale) or 'nothing'} to change{reports}"
+
+
+def _reported(folder: Path) -> bool:
+    """Whether a run's report, if it has one, is what its records and summaries say."""
+    path = folder / "report.md"
+    return not path.exists() or path.read_text(encoding="utf-8") == report.render(folder)

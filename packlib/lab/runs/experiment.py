@@ -1,0 +1,188 @@
+"""RunSpec -> RunRecord: measured training runs, each in a process of its own.
+
+A sweep is a list of specs and a folder of records. Specs that have a record are not run again; a run that fails, runs
+out of memory or is killed becomes a record with the reason and the sweep goes on. The processes are forked from a
+server that has imported torch, transformers and TRL once, so a process of its own costs a fraction of a second and
+gives its memory back, on the GPU too.
+
+A record is named by what it measured: its spec (`RunSpec.spec_id`) and the content of its corpus, so that an edited
+corpus file is another run. Where the data are not at hand, as when published records are redrawn, the spec alone finds
+them.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from packlib.lab import records
+from packlib.lab.data.corpora import content_sha256
+from packlib.lab.runs.spec import RunSpec
+
+logger = logging.getLogger(__name__)
+UNTIL = "PACKLIB_UNTIL"  # seconds since the epoch after which no arm is started
+Progress = Callable[[str], None]
+
+
+class OutOfTime(RuntimeError):
+    """The time of this call is used up and arms are left; every finished one has its record, the next call goes on."""
+
+
+class SweepFailed(RuntimeError):
+    """No arm of a sweep has a result, and why."""
+
+
+def find(spec: RunSpec, folder: Path) -> dict[str, Any] | None:
+    """The record of a spec on the data as they are now, on whatever data where they are not here; None without one."""
+    return records.find_record(folder, spec.spec_id, content_sha256(spec.corpus, spec.tokenizer))
+
+
+def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.info) -> list[dict[str, Any]]:
+    """Make sure that every spec has a record in `folder`; return the records, in order.
+
+    In a script, call it under `if __name__ == "__main__":`, as everything that starts processes.
+
+    progress: called with a line when an arm starts and ends, and every few seconds in between. Runs one after another,
+    in the given order, each in its own process (under torchrun where `world_size` > 1). After `$PACKLIB_UNTIL`, or when
+    the longest arm so far would not end before it, no further arm is started and `OutOfTime` is raised: the next call
+    goes on. A `failed` record is kept under `superseded/` and its run tried again. Raises `FileNotFoundError` for a
+    corpus that is not here, before any arm starts, and `SweepFailed` where several arms all failed, each reason once.
+    """
+    specs = list(specs)
+    contents = {(spec.corpus, spec.tokenizer): content_sha256(spec.corpus, spec.tokenizer) for spec in specs}
+    for spec in specs:
+        content = contents[spec.corpus, spec.tokenizer]
+        if content is None and records.find_record(folder, spec.spec_id, None) is None:
+            raise FileNotFoundError(f"corpus {spec.corpus!r} is not here, and {spec.strategy} has no record on it")
+    until = float(os.environ.get(UNTIL, "inf"))
+    longest, done = 0.0, []
+    for i, spec in enumerate(specs):
+        content = contents[spec.corpus, spec.tokenizer]
+        record = records.find_record(folder, spec.spec_id, content)
+        title = f"[{i + 1}/{len(specs)}] {Path(spec.corpus).name} · {spec.model} · {spec.strategy} · seed {spec.seed}"
+        if record and record["status"] == "failed":
+            records.supersede(folder, record)
+            record = None
+        if record:
+            progress(f"{title}: has a record")
+            done.append(record)
+        elif content is None:
+            raise FileNotFoundError(f"corpus {spec.corpus!r} is not here, and {spec.strategy} failed on it before")
+        elif time.time() + longest > until:
+            progress(f"{title}: left for the next call")
+        else:
+            started = time.monotonic()
+            done.append(_run_one(spec, records.run_id_on(spec.spec_id, content), folder, _titled(progress, title)))
+            longest = max(longest, time.monotonic() - started)
+    if left := len(specs) - len(done):
+        raise OutOfTime(f"{left} of {len(specs)} arms are left for the next call")
+    if len(done) > 1 and all(record["status"] == "failed" for record in done):
+        reasons = dict.fromkeys(str(record["error"]) for record in done)
+        raise SweepFailed(f"all {len(done)} arms failed: {'; '.join(reasons)}")
+    return done
+
+
+def frame(specs: Iterable[RunSpec], folder: Path) -> pd.DataFrame:
+    """The records of these specs as `records.load_records` gives them, in the order of the specs.
+
+    A spec without a record has no row. Raises `ValueError` for a folder without records.
+    """
+    loaded = records.load_records(folder)
+    if not len(loaded):
+        raise ValueError(f"{folder.name} has no records; run the arms first")
+    wanted = [record["run_id"] for spec in specs if (record := find(spec, folder))]
+    return loaded.set_index("run_id", drop=False).loc[wanted].reset_index(drop=True)
+
+
+def _titled(progress: Progress, title: str) -> Progress:
+    return lambda line: progress(f"{title}: {line}")
+
+
+def _run_one(spec: RunSpec, run_id: str, folder: Path, progress: Progress) -> dict[str, Any]:
+    """One run in a process of its own; a record exists afterwards, whatever happened to the process."""
+    start = _launch if spec.world_size > 1 else _fork
+    code = start(spec, run_id, folder, progress)
+    if code in (-signal.SIGINT, 130):
+        raise KeyboardInterrupt
+    record = records.read_record(folder, run_id)
+    if record is None:
+        status, reason = _died(code)
+        record = records.unfinished(run_id, asdict(spec), status, reason)
+        records.write_record(folder, record)
+    progress(f"{record['status']}{' · ' + record['error'] if record['error'] else ''}")
+    return record
+
+
+def _died(code: int) -> tuple[str, str]:
+    """Status and reason of a process that left no record."""
+    if code == -signal.SIGKILL:
+        return "oom", "killed by SIGKILL, probably out of memory"
+    if code < 0:
+        return "failed", f"killed by {signal.Signals(-code).name}"
+    return "failed", f"ended with exit code {code} and no record"
+
+
+def _fork(spec: RunSpec, run_id: str, folder: Path, progress: Progress) -> int:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["packlib.lab.runs.preload"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(spec, run_id, folder, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        while True:
+            try:
+                progress(receiver.recv())
+            except EOFError:
+                break
+        process.join()
+    except BaseException:
+        process.terminate()
+        process.join()
+        raise
+    assert process.exitcode is not None  # it was joined
+    return process.exitcode
+
+
+def _child(spec: RunSpec, run_id: str, folder: Path, sender: Any) -> None:
+    from packlib.lab.runs import worker
+
+    gc.freeze()  # what the server imported is no garbage: looking at it again takes 0.2 s, and copies its pages
+    if parent := multiprocessing.parent_process():
+        worker.end_when(parent.join)
+    worker.execute(spec, run_id, folder, sender.send)
+
+
+def _launch(spec: RunSpec, run_id: str, folder: Path, progress: Progress) -> int:
+    """The same worker, `world_size` times, under torchrun: DataParallel cannot split a [1, T] batch."""
+    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.world_size}"]
+    spec_file = records.write_json(folder / "specs" / f"{run_id}.json", asdict(spec), overwrite=True)
+    command = [sys.executable, *ranks, "-m", "packlib.lab.runs.worker", str(spec_file), str(folder)]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # the ranks watch it: it ends with this process, however that ends
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                progress(line.rstrip())
+        except BaseException:
+            process.terminate()  # torchrun ends its ranks; they would train on where only this process is interrupted
+            process.wait()
+            raise
+    return process.returncode

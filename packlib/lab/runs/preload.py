@@ -1,0 +1,15 @@
+"""What the server of the runs' processes imports, once: the worker, and with it torch, transformers and TRL.
+
+Without torchao: where it is installed, PEFT imports it, and it asks the GPU what it can do as it is imported. That
+initialises CUDA, which processes forked from the server cannot do again. A run that needs it imports it by itself.
+"""
+
+import sys
+
+HIDDEN = "torchao"
+
+sys.modules[HIDDEN] = None  # type: ignore[assignment]  # "not installed", for whoever asks or tries
+try:
+    import packlib.lab.runs.worker  # noqa: F401
+finally:
+    del sys.modules[HIDDEN]
