@@ -397,13 +397,15 @@ def findings(record: Mapping[str, Any], dtype: str, equal: pd.DataFrame) -> list
     cells = judged(record, dtype)
     ran = cells[~cells["verdict"].isin(["unsupported", "refused"])]
     leaks = ran[ran["verdict"] == "leak"]
-    ours = leaks[(leaks["attention"] == "packlib_varlen") & (leaks["situation"] == "FlatteningCollator")]
+    ours = cells[(cells["attention"] == "packlib_varlen") & (cells["situation"] == "FlatteningCollator")]
+    ours, refused = ours[ours["verdict"] == "leak"], sum(ours["verdict"] == "refused")
     where, attention = "combinations of model, attention and situation that run", sum(ours["culprit"] == "attention")
     return [
         f"transformers {record['environment']['transformers']}: {len(leaks)} of {len(ran)} {where} leak.",
         f"{len(record['disagreements'])} of {len(record['cells'])} verdicts disagree with float64: "
         f"false alarms and misses.",
-        f"packlib_varlen with FlatteningCollator's batch: {attention} leaks in attention, {len(ours)} in all.",
+        f"packlib_varlen with FlatteningCollator's batch: {attention} leaks in attention, {len(ours)} in all; "
+        f"{refused} model types refused.",
         *_mended(cells),
         f"Packed against one at a time, the largest relative error of any parameter's gradient is "
         f"{equal['gradient_error'].max():.1e}.",

@@ -62,8 +62,9 @@ def _planner_label(strategy: Strategy) -> str:
 def planner_table(lengths: np.ndarray, *, batch_size: int, max_tokens: int, seed: int = 0) -> pd.DataFrame:
     """Every planner on the same examples.
 
-    Columns `planner, rows, fill` (real tokens over slots), `row_fill` (real tokens over rows × capacity; None for
-    mini-batches, which have none), `milliseconds, broken_examples`, `randomness` of stretches of batch_size × max_tokens tokens, `attention_spread` (dearest row over mean row).
+    Columns `planner, rows, fill` (real tokens over slots), `row_fill` (real tokens over rows × capacity; missing for
+    mini-batches, which have none), `milliseconds, broken_examples, randomness` of stretches of batch_size × max_tokens
+    tokens, `attention_spread` (dearest row over mean row).
     """
     rows = []
     for name, strategy in planners().items():
@@ -148,10 +149,10 @@ def fill_by_chunk(lengths: np.ndarray, max_tokens: int, chunks: Sequence[int], s
 
 
 def fill_by_buffer(lengths: np.ndarray, max_tokens: int, buffers: Sequence[int], seed: int = 0) -> pd.DataFrame:
-    """Rows of `plans.stream` against its buffer: `source, buffer, row_fill, rows, offline_fill`; buffers below the corpus.
+    """Rows of `plans.stream` against its buffer, for buffers below the corpus.
 
-    source: `shuffled` or `sorted by length`, as examples come. offline_fill: the row fill of a plan of all of them. Rows are
-    those that the stream makes, of tokens that take no memory.
+    Columns `source` (`shuffled` or `sorted by length`, as examples come), `buffer, row_fill, rows` and `offline_fill`,
+    the row fill of a plan of all of them. Rows are those that the stream makes, of tokens that take no memory.
     """
     offline = lengths.sum() / (len(plans.best_fit_decreasing(lengths, max_tokens, overflow="error")) * max_tokens)
     sources = {"shuffled": np.random.default_rng(seed).permutation(lengths), "sorted by length": np.sort(lengths)}
@@ -302,8 +303,8 @@ def fill_by_buffer_lines(table: pd.DataFrame) -> Picture:
     title = f"A buffer of {largest:,} fills {at['shuffled']:.2%}, a plan of all {offline:.2%}"
     figure, (ax,) = figures.new(8.5, 4.2, f"{title}; sorted by length, the stream fills {at['sorted by length']:.2%}")
     for i, (source, line) in enumerate(table.groupby("source", sort=False)):
-        color, marker = COLORS[3 * i], figures.MARKERS[i]
-        ax.plot(line["buffer"], 100 * line["row_fill"], marker=marker, markersize=7, color=color, label=f"stream, {source}")
+        look: dict[str, Any] = {"color": COLORS[3 * i], "marker": figures.MARKERS[i], "markersize": 7}
+        ax.plot(line["buffer"], 100 * line["row_fill"], **look, label=f"stream, {source}")
     ax.axhline(100 * offline, **figures.LIMIT, label="plan of all examples")
     ax.set(title=title, xscale="log", xlabel="examples in the buffer", ylabel="row fill (%)")
     ax.legend(loc="lower right")

@@ -310,7 +310,7 @@ def capacity_curves(tables: Mapping[str, pd.DataFrame]) -> Picture:
             ax.plot(table["max_tokens"], values, color=color, marker=marker, markersize=7, label=name)
     fills = pd.concat([table["row_fill"] for table in tables.values()])
     lost.set(title=told[0], ylabel="tokens lost by truncation (%)")
-    fill.set(title=f"Best fit: rows {fills.min():.1%} to {fills.max():.1%} full", ylabel="row fill, tokens / (rows × capacity)")
+    fill.set(title=f"Best fit: rows {fills.min():.1%} to {fills.max():.1%} full", ylabel="row fill")
     for ax in (lost, fill):
         figures.log2_axis(ax)
         ax.set_xlabel("capacity of a row, max_tokens")
