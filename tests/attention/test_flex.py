@@ -19,15 +19,15 @@ def test_flex_is_never_run_uncompiled(monkeypatch):
     def double(x):
         return 2 * x
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # PyTorch's own; a rig of another test raises it
     compiled = flex._compiled(double, "cuda", "eager")  # as on a GPU, without generating code
-    torch._dynamo.reset()
-    for length in range(2, 14):
-        compiled(torch.ones(length))
-    assert torch._dynamo.config.recompile_limit < 12, "PyTorch's own limit is passed"
-    monkeypatch.setattr(flex, "_RECOMPILE_LIMIT", 12)
-    with pytest.raises(FailOnRecompileLimitHit):
-        for length in range(14, 18):
+    with torch._dynamo.config.patch(recompile_limit=8):  # PyTorch's own; a rig of another test raises it
+        torch._dynamo.reset()
+        for length in range(2, 14):
             compiled(torch.ones(length))
-    torch._dynamo.reset()
+        assert torch._dynamo.config.recompile_limit < 12, "PyTorch's own limit is passed"
+        monkeypatch.setattr(flex, "_RECOMPILE_LIMIT", 12)
+        with pytest.raises(FailOnRecompileLimitHit):
+            for length in range(14, 18):
+                compiled(torch.ones(length))
+        torch._dynamo.reset()
     assert flex._compiled(double, "cpu") is double

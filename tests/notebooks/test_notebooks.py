@@ -138,15 +138,6 @@ def test_parameter_of_the_wrong_type_stops_the_notebook(tmp_path):
     assert not (tmp_path / "summaries" / f"{notebook.stem}.json").exists()
 
 
-def test_unknown_parameter_stops_the_notebook(tmp_path):
-    """papermill itself only warns."""
-    notebook = next(path for path in NOTEBOOKS if path.stem.startswith("02_"))
-    with pytest.raises(
-        reproduce.NotebookFailed, match=r"ValueError: unknown parameter 'sed' \(did you mean 'seed'\?\)"
-    ):
-        reproduce.execute(notebook, records.run_folder(tmp_path), {"sed": 1})
-
-
 @pytest.mark.parametrize(
     ("notebooks", "error", "message"),
     [
@@ -185,8 +176,9 @@ def test_presets_name_known_notebooks_and_parameters(name):
     preset = reproduce.load_preset(name)
     assert preset["description"]
     order = list(preset["notebooks"])
-    assert {"06", "07"} <= {name[:2] for name in order[:-1]}, "09 compares what they measured"
-    assert order[-1].startswith("09")
+    if order[-1].startswith("09"):
+        assert {"06", "07"} <= {name[:2] for name in order[:-1]}, "09 compares what they measured"
+    assert order == sorted(order)
 
 
 def test_smoke_preset_covers_every_notebook():

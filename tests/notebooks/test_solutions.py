@@ -1,6 +1,8 @@
 """Every solution runs, cell by cell in this process: there is nothing to keep of it."""
 
-from tests.notebooks.test_notebooks import NOTEBOOKS, SOLUTIONS, code_cells, every, tagged_cell
+import pytest
+
+from tests.notebooks.test_notebooks import NOTEBOOKS, SOLUTIONS, code_cells, tagged_cell
 
 
 def test_every_notebook_with_exercises_has_solutions():
@@ -8,7 +10,12 @@ def test_every_notebook_with_exercises_has_solutions():
     assert asked == [path.name for path in SOLUTIONS]
 
 
-@every(SOLUTIONS)
+LONG = {"06", "07", "08"}  # they train a dozen times: `pytest -m slow`
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem[:2] in LONG), id=path.stem) for path in SOLUTIONS]
+)
 def test_solution_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": path.stem}

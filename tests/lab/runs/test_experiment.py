@@ -362,6 +362,7 @@ def test_memory_that_runs_out_is_told_from_a_failure(tmp_path, monkeypatch, erro
 # several processes
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_rows(folder, swept):
     (record,) = experiment.run([replace(BASE, strategy="minibatch_packing", world_size=2)], folder)
     assert record["status"] == "ok", record["error"]
