@@ -53,6 +53,7 @@ VERDICTS = {
     "rounding": "#56b4e9",
     "shifted": "#ece133",
     "leak": "#d55e00",
+    "different": "#cc78bc",
     "refused": "#949494",
     "unsupported": "#f2f2f2",
 }

@@ -98,7 +98,7 @@ def test_it_is_listed_and_planned():
     assert table.loc[OWN.name, ["in words", "slots"]].tolist() == [OWN.label, LENGTHS.sum()]
     sizes = {"batch_size": 4, "max_tokens": 256, "seed": 0}
     compared = planning.planner_table(LENGTHS, **sizes).set_index("planner")
-    assert compared.loc[OWN.name, "broken_examples"] == 0 and compared.loc[OWN.name, "fill"] > 0.7
+    assert compared.loc[OWN.name, "broken_examples"] == 0 and compared.loc[OWN.name, "row_fill"] > 0.7
     assert names_it(planning.row_pictures(LENGTHS[:8], list(planning.planners()), **sizes))
 
 
