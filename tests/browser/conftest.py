@@ -118,8 +118,9 @@ def lab(desk, tmp_path_factory):
     environment["OMP_NUM_THREADS"] = "1"
     port = free_port()
     dry = subprocess.run(
-        ["make", "-n", "lab", f"PYTHON={sys.executable}", "VENV="],
+        ["make", "--no-print-directory", "-n", "lab", f"PYTHON={sys.executable}", "VENV="],
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))},
         capture_output=True,
         encoding="utf-8",
         check=True,
