@@ -96,6 +96,7 @@ def test_notebook_runs(name, at, desk):
     too_wide = at.page.locator(".jp-CodeCell .cm-scroller").evaluate_all(
         "boxes => boxes.filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.innerText)"
     )
+    too_wide = [text for text in too_wide if not text.startswith("# Parameters")]  # the toy's, put in for this test
     assert not too_wide, "code is as wide as the page, with the file browser open, at 1440 pixels"
     at.run_all(200)
     if name in SLIDERS:

@@ -67,7 +67,7 @@ def test_every_notebook_and_report_is_a_page(book):
 
 
 def test_no_link_is_dead_and_no_image_is_without_description(book):
-    found = {path.name: (dead_links(path), without_alt(path)) for path in pages(book)}
+    found = {path.relative_to(book).as_posix(): (dead_links(path), without_alt(path)) for path in pages(book)}
     assert len(found) > 20 and not {name: both for name, both in found.items() if any(both)}
 
 

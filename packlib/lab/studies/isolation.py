@@ -234,7 +234,7 @@ def styled(frame: pd.DataFrame) -> Styler:
 
 
 def _verdict_css(verdict: str) -> str:
-    return f"background-color: {VERDICTS[verdict]}; color: {'white' if verdict in ('exact', 'leak') else 'black'}"
+    return f"background-color: {VERDICTS[verdict]}; color: {'white' if verdict == 'exact' else 'black'}"
 
 
 def matrix_folder() -> Path:
