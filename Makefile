@@ -37,9 +37,9 @@ test: $(READY)
 lab: $(READY)
 	$(PYTHON) -m jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb --ServerApp.contents_manager_class=packlib.lab.pages.contents.Contents
 
-# JupyterLab and the book in a real browser; without Chromium it says so, and passes.
+# JupyterLab and the book in a real browser; without Chromium it says so, and passes. ONLY=: pytest's -k.
 browser: $(PAGES)
-	$(PYTHON) -m pytest -n 0 -m browser tests/browser
+	$(PYTHON) -m pytest -n 0 -m browser tests/browser $(if $(ONLY),-k "$(ONLY)")
 
 book: $(PAGES)
 	$(PYTHON) -m packlib book
