@@ -229,3 +229,26 @@ def test_gradients_packed_equal_unpacked(model_type, kernel):
 def test_gradients_differ_where_there_is_a_leak():
     examples = [{"input_ids": list(range(5, 5 + n))} for n in (9, 12)]
     assert all(r.gradient_error > 0.01 for r in check_equivalence(small_model("opt"), examples))
+
+
+def llama4(**fields):
+    config = small_config("llama4_text")
+    for name, value in fields.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.load_state_dict(small_model("llama4_text").state_dict())
+    return model
+
+
+def test_llama_4s_temperature_counts_the_row_and_is_seen_to():
+    """It is read off the row's length, not off position ids: beyond `floor_scale` packed tokens an example is another."""
+    report = check_isolation(llama4(floor_scale=8), kernel="sdpa")
+    assert report.verdict == "shifted" and not report.isolated and report.error > 0.1
+    assert min(report.lengths) < 8 < max(report.lengths) and "floor_scale" not in report.unprobed
+    assert check_isolation(llama4(floor_scale=8, attn_temperature_tuning=False), kernel="sdpa").verdict == "exact"
+    assert check_isolation(llama4(), kernel="sdpa").unprobed["floor_scale"] == 8192, "the row was too short to tell"
+
+
+def test_llama_4s_chunks_are_refused():
+    report = check_isolation(llama4(attention_chunk_size=8), kernel="sdpa")
+    assert report.verdict == "refused" and not report.isolated and "chunk" in report.reason
