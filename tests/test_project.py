@@ -126,7 +126,8 @@ MAKE_TEST = [
 def test_ci_runs_what_a_contributor_runs():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert [line for line in read(".ci/run").splitlines() if line.startswith("make ")] == ["make test", "make browser"]
+    made = [shlex.split(line)[:2] for line in read(".ci/run").splitlines() if line.startswith("make ")]
+    assert made == [["make", "test"], ["make", "browser"]], "of the browser's tests a part"
     (job,) = yaml.safe_load(read(".github/workflows/test.yml"))["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == ["make test", "make browser"]
     pythons = job["strategy"]["matrix"]["python"]
