@@ -241,7 +241,7 @@ def llama4(**fields):
 
 
 def test_llama_4s_temperature_counts_the_row_and_is_seen_to():
-    """It is read off the row's length, not off position ids: beyond `floor_scale` packed tokens an example is another."""
+    """It is read off the row, not off position ids: beyond `floor_scale` packed tokens an example is another."""
     report = check_isolation(llama4(floor_scale=8), kernel="sdpa")
     assert report.verdict == "shifted" and not report.isolated and report.error > 0.1
     assert min(report.lengths) < 8 < max(report.lengths) and "floor_scale" not in report.unprobed
