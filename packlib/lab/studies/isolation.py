@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,7 @@ def repaired(model_type: str, dtype: str, lengths: Sequence[int], seed: int = 0)
         before = check_isolation(model, lengths=lengths, seed=seed)
         wrapped = isolate_mixers(model)
         after = check_isolation(model, lengths=lengths, seed=seed)
+        after = replace(after, attention=f"{after.attention} + isolate_mixers")  # as figures call it
     names, slots = ", ".join(f"{name} ({kind})" for name, kind in wrapped.items()), mixer_waste(lengths)
     return [before, after], f"on one line a segment: {names or 'nothing'}; {slots:.2f} slots a token inside"
 

@@ -169,6 +169,7 @@ def test_isolated_mixers_are_a_situation():
 def test_a_hybrid_before_and_after_the_repair():
     (before, after), said = isolation.repaired("minimax", "float32", [5, 4, 6])
     assert before.verdict == "leak" and before.culprit == "state" and after.isolated
+    assert after.attention == f"{before.attention} + isolate_mixers", "two panels that can be told apart"
     assert (
         said == "on one line a segment: model.layers.1.self_attn (MiniMaxLightningAttention); 1.20 slots a token inside"
     )
