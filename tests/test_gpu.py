@@ -9,7 +9,7 @@ import torch
 from packlib.attention import flash_stand_in, kernel_table, register_attention, resolve_kernel, varlen_attention
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.isolation import check_isolation
-from packlib.lab.runs.rig import fuse_layers
+from packlib.lab.runs.rig import GraphedMicroBatches, fuse_layers
 from packlib.lab.small_models import small_config, small_model
 from packlib.losses import token_weights, weighted_loss
 from tests.attention.cases import LENGTHS, boundaries, features, packed, random_qkv, run, worst
@@ -183,3 +183,31 @@ def test_fused_layers_compute_the_same_and_keep_examples_apart(monkeypatch):
     assert (fused - plain).abs().max() <= 0.02 * plain.abs().max()
     with torch.enable_grad():
         assert check_isolation(model).isolated
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_graphs_leave_the_gradients_of_eager_micro_batches(add):
+    model = small_model("llama", register_attention("torch_varlen"), torch.bfloat16).to("cuda")
+    trained = list(model.parameters())
+
+    def step(batch, denominator):
+        loss = model(**batch).loss / denominator
+        loss.backward()
+        return loss.detach()
+
+    collate = FlatteningCollator(pad_to_multiple_of=64, pad_segments_to=8, max_seqlen_multiple_of=256)
+    batches = [dict(on_gpu(collate(features(lengths)))) for lengths in ((40, 9), (100, 30), (33, 12), (90, 35))]
+    expected = []
+    for batch in batches:
+        model.zero_grad()
+        expected.append((step(batch, 3.0), [p.grad.clone() for p in trained]))
+    assert not torch.equal(expected[0][1][0], expected[2][1][0])  # of one shape, but other tokens
+    graphs = GraphedMicroBatches(step, trained, add=add)
+    assert graphs.capture(batches) == 2
+    for batch, (loss, gradients) in zip(batches, expected):
+        found = graphs(batch, 3.0)
+        torch.testing.assert_close(found, loss)
+        for p, gradient in zip(trained, gradients):
+            torch.testing.assert_close(p.grad, gradient)
+        if add:
+            torch._foreach_zero_([p.grad for p in trained])

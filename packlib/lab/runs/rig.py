@@ -207,7 +207,7 @@ class LabTrainer(SFTTrainer):
                 betas=(settings.adam_beta1, settings.adam_beta2),
                 eps=settings.adam_epsilon,
                 weight_decay=settings.weight_decay,
-                zero=self.rig.graphs,
+                zero=self._graphs_add,
             )
         return super().create_optimizer(*args, **kwargs)
 
@@ -217,9 +217,15 @@ class LabTrainer(SFTTrainer):
         Nothing is trained: gradients are zero afterwards.
         """
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.graphs = GraphedMicroBatches(self._forward_backward, trained)
-        self.model.zero_grad = self._zero_in_place  # graphs add to gradients where they lie
+        self.graphs = GraphedMicroBatches(self._forward_backward, trained, add=self._graphs_add)
+        if self._graphs_add:
+            self.model.zero_grad = self._zero_in_place
         return self.graphs.capture(self._prepare_inputs(batch) for batch in batches)
+
+    @property
+    def _graphs_add(self) -> bool:
+        """Whether graphs add to gradients where they lie: where a step has more than one micro-batch."""
+        return self.rig.graphs and self.args.gradient_accumulation_steps > 1
 
     def _zero_in_place(self, set_to_none: bool = True) -> None:
         if not self.rig.lean:  # LeanAdamW has done it
@@ -286,25 +292,31 @@ class GraphedMicroBatches:
 
     step: `step(batch, denominator)` computes a loss, adds to the gradients, and returns the loss; everything it does
         must be the same for batches of one shape, without asking the device anything. parameters: the trained ones.
+    add: gradients of several micro-batches add up in one place, which has to be zeroed after a step. Otherwise each
+        replay writes its own, over those of the graph that ran before: one micro-batch a step, nothing to add or zero.
     """
 
-    def __init__(self, step: Callable[[Batch, Tensor], Tensor], parameters: list[nn.Parameter]) -> None:
-        self.step, self.parameters = step, parameters
+    def __init__(
+        self, step: Callable[[Batch, Tensor], Tensor], parameters: list[nn.Parameter], *, add: bool = True
+    ) -> None:
+        self.step, self.parameters, self.add = step, parameters, add
         self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, Tensor, Tensor]] = {}
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, Tensor, Tensor, list[Tensor | None]]] = {}
 
     def capture(self, batches: Iterable[Batch]) -> int:
-        """A graph for each shape among these batches; returns how many there are. Gradients are zero afterwards."""
+        """A graph for each shape among these batches; returns how many there are. Gradients are zero or none after."""
         shapes = {shape_of(batch): batch for batch in batches}
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)  # graphs hold on to these
+        if self.add:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)  # graphs hold on to these
         largest_first = sorted(shapes, key=lambda shape: shapes[shape]["input_ids"].numel(), reverse=True)
         for shape in largest_first:  # smaller ones fit into its memory
             self.graphs[shape] = self._capture(shapes[shape])
-        torch._foreach_zero_([p.grad for p in self.parameters if p.grad is not None])
+        if self.add:
+            torch._foreach_zero_([p.grad for p in self.parameters if p.grad is not None])
         return len(self.graphs)
 
-    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor, Tensor]:
+    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor, Tensor, list[Tensor | None]]:
         kept = {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
         denominator = torch.ones((), device="cuda")
         side = torch.cuda.Stream()
@@ -312,21 +324,41 @@ class GraphedMicroBatches:
         with torch.cuda.stream(side):  # what is compiled, tuned or allocated once happens now
             for _ in range(2):
                 self.step(kept, denominator)
+                self._forget_gradients()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             loss = self.step(kept, denominator)
-        return graph, kept, denominator, loss
+        gradients = [] if self.add else [_borrowed(parameter.grad) for parameter in self.parameters]
+        self._forget_gradients()
+        return graph, kept, denominator, loss, gradients
+
+    def _forget_gradients(self) -> None:
+        """So that backward writes gradients instead of adding to them, and the next graph may use their memory."""
+        if not self.add:
+            for parameter in self.parameters:
+                parameter.grad = None
 
     def __call__(self, batch: Batch, denominator: Tensor | float) -> Tensor:
         """Loss of a batch, as `step` gives it. Raises `KeyError` for a shape that was not captured."""
-        graph, kept, static_denominator, loss = self.graphs[shape_of(batch)]
+        graph, kept, static_denominator, loss, gradients = self.graphs[shape_of(batch)]
         for name, value in batch.items():
             if isinstance(value, Tensor):
                 kept[name].copy_(value, non_blocking=True)
         static_denominator.copy_(torch.as_tensor(denominator), non_blocking=True)
         graph.replay()
+        for parameter, gradient in zip(self.parameters, gradients):
+            parameter.grad = gradient
         return loss.clone()
+
+
+def _borrowed(tensor: Tensor | None) -> Tensor | None:
+    """The memory of a tensor on a GPU without holding on to it: a graph's own, which later graphs write over."""
+    if tensor is None:
+        return None
+    described = {"shape": (tensor.nbytes,), "typestr": "|u1", "data": (tensor.data_ptr(), False), "version": 3}
+    memory = torch.as_tensor(types.SimpleNamespace(__cuda_array_interface__=described), device=tensor.device)
+    return memory.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 def shape_of(batch: Batch) -> tuple:

@@ -101,8 +101,8 @@ CLIMBS: dict[str, tuple[Rung, ...]] = {
         ),
         Rung(
             "CUDA graphs",
-            "a micro-batch is one launch; rows are padded to multiples of 128 so that few shapes are captured",
-            {"rig": {"graphs": True, "pad_to": 128}},
+            "a micro-batch is one launch; rows are padded to multiples of 64 so that few shapes are captured",
+            {"rig": {"graphs": True, "pad_to": 64}},
             host=0.05,
             device=1.05,
             gpu=True,
@@ -117,7 +117,7 @@ CLIMBS: dict[str, tuple[Rung, ...]] = {
         Rung(
             "padded, same rig",
             "padding on the best rig: what packing is worth where the host does not decide",
-            {"strategy": "padding", "kernel": "maskless_sdpa", "rig": {"pad_to": 64}},
+            {"strategy": "padding", "kernel": "maskless_sdpa", "rig": {"pad_to": 16}},
             gpu=True,
             beside=True,
         ),

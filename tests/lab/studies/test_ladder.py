@@ -8,7 +8,7 @@ import pytest
 from packlib.lab import records
 from packlib.lab.pages import reproduce
 from packlib.lab.runs.spec import Rig, RunSpec
-from packlib.lab.studies import ladder, next_rung
+from packlib.lab.studies import ladder, next_rung, parity
 from packlib.lab.studies.ladder import FULL_ROWS, MINI_BATCHES
 from tests.lab.studies import made_records
 
@@ -62,9 +62,9 @@ def climbed(tmp_path):
 
 def test_a_rung_keeps_what_the_rungs_below_it_changed():
     arms = {arm.rung.name: arm.spec for arm in ladder.arms(BASE, MINI_BATCHES, keep=0.2)}
-    top = Rig(compile="layers", recompute=0.2, graphs=True, fused_loss=True, lean=True, pad_to=128)
+    top = Rig(compile="layers", recompute=0.2, graphs=True, fused_loss=True, lean=True, pad_to=64)
     assert arms["lean optimiser"].rig == top and arms["lean optimiser"].strategy == "minibatch_packing"
-    assert arms["padded, same rig"].rig == replace(top, pad_to=64)
+    assert arms["padded, same rig"].rig == replace(top, pad_to=16)
     assert arms["merged micro-batches"].rig == top, "what is beside the climb changes nothing above it"
     merged = arms["merged micro-batches"]
     assert (merged.batch_size, merged.gradient_accumulation) == (8, 1)
@@ -296,7 +296,12 @@ def test_the_published_climb_is_of_its_preset(monkeypatch):
     monkeypatch.delenv("PACKLIB_DATA", raising=False)
     asked = reproduce.load_preset("h100")["notebooks"]["08_climb_to_the_limit"]
     sizes = {name: asked[name] for name in ("model", "batch_size", "max_tokens", "gradient_accumulation", "steps")}
-    arms = ladder.every_arm(RunSpec(**sizes, **asked["options"]), asked["climbs"])
+    base = RunSpec(**sizes, **asked["options"])
+    climbed, same = (
+        ladder.every_arm(base, asked["climbs"], lora_rank=asked["lora_rank"]),
+        parity.arms(replace(base, profile=False), **asked["parity"]),
+    )
+    arms = [*climbed, *same]
     folder = records.run_folder("h100", create=False)
     found = [record for record in ladder.measure(arms, folder, progress=lambda line: None) if record]
     published = records.read_records(folder)
@@ -304,7 +309,7 @@ def test_the_published_climb_is_of_its_preset(monkeypatch):
     assert (
         len({(r["environment"]["git_sha"], r["environment"]["dirty"]) for r in published if r["status"] == "ok"}) == 1
     )
-    table = ladder.climb_table(arms, ladder.measure(arms, folder, progress=lambda line: None))
+    table = ladder.climb_table(climbed, ladder.measure(climbed, folder, progress=lambda line: None))
     climbed = table[(table["status"] == "ok") & ~table["beside"]]
     assert (climbed["loss_difference"].dropna() < 2**-8).all(), "one rounding of bfloat16"
     assert math.isfinite(climbed["share"].max()) and climbed["share"].max() < 1
