@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from packlib.attention.convolutions import hand_over_boundaries
 from packlib.attention.lines import (
     BOUNDARIES,
     ISOLATED,
@@ -62,7 +63,7 @@ _EDITED = slice(13, 20)  # the second segment; the others watch
 _EPS = torch.finfo(torch.float32).eps
 
 
-def isolate_mixers(model: nn.Module, *, max_waste: float = MAX_WASTE) -> dict[str, str]:
+def isolate_mixers(model: nn.Module, *, max_waste: float = MAX_WASTE, native: bool = False) -> dict[str, str]:
     """Let every module of `model` that mixes tokens see segments, in place; `check_isolation` proves it.
 
     Afterwards a flat batch [1, T] with `cu_seq_lens_q` (what `FlatteningCollator` returns) is computed as its examples
@@ -72,6 +73,9 @@ def isolate_mixers(model: nn.Module, *, max_waste: float = MAX_WASTE) -> dict[st
         model: a causal language model of transformers (any class whose forward takes `input_ids`, `position_ids` and
             boundaries), with or without adapters, on its device. It and its modules run a few times on 59 tokens.
         max_waste: most slots for a token inside a mixer; a smaller one means more calls.
+        native: first let convolutions take `seq_idx` (`packlib.attention.convolutions`). What is exact then needs no
+            lines: short convolutions, and linear attention where flash-linear-attention is installed. A packed batch
+            has to bring its `seq_idx`; the function is replaced in this process, for calls with boundaries only.
 
     Returns the modules that run on one line a segment now, name -> class.
 
@@ -86,6 +90,7 @@ def isolate_mixers(model: nn.Module, *, max_waste: float = MAX_WASTE) -> dict[st
         raise ValueError(f"{type(model).__name__} has isolated mixers already")
     mixer_waste([1], max_waste)  # raises if it is below 1
     wrapped: dict[str, str] = {}
+    handed = hand_over_boundaries(model) if native else {}
     probe = _Probe(model)
     try:
         with probe.steady():
@@ -102,8 +107,8 @@ def isolate_mixers(model: nn.Module, *, max_waste: float = MAX_WASTE) -> dict[st
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             vars(module)[ISOLATED] = True
-            if wrapped:
-                _answer_for(module, _enter)
+            if wrapped or handed:
+                _answer_for(module, functools.partial(_enter, bool(handed.keys() - wrapped.keys())))
     return wrapped
 
 
@@ -163,7 +168,9 @@ def _mix(max_waste: float, module: nn.Module, forward: Forward, args: tuple[Any,
     return forward(*args, **kwargs)
 
 
-def _enter(model: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _enter(
+    needs_seq_idx: bool, model: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """Forward of a model: its mixers see the segments of its batch."""
     if current_segments() is not None:  # a model inside a model
         return forward(*args, **kwargs)
@@ -173,6 +180,8 @@ def _enter(model: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: di
     else:
         segments = Segments(cu_seqlens)
         _refuse_what_is_not_flat(segments.tokens, args, kwargs)
+        if needs_seq_idx and kwargs.get("seq_idx") is None:
+            raise ValueError("the batch has cu_seq_lens_q and no seq_idx; expected both, as FlatteningCollator gives")
         kwargs = kwargs | {"use_cache": False}
     for module in model.modules() if model.training else ():
         for name in _CHECKPOINTS:

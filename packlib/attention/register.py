@@ -380,7 +380,7 @@ def _asking_first(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"{name} needs masks of its own, which {attn_implementation!r} would drop (transformers: no flash "
                 "attention for this model); use sdpa or eager attention"
             )
-        if _carries_state(self) and _refuse_mixers not in self._forward_pre_hooks.values():
+        if carries_state(self) and _refuse_mixers not in self._forward_pre_hooks.values():
             self.register_forward_pre_hook(_refuse_mixers, with_kwargs=True)
         if original.__name__ == "get_correct_attn_implementation":
             return attn_implementation  # transformers would take a name with "sdpa" in it for PyTorch's
@@ -390,7 +390,7 @@ def _asking_first(original: Callable[..., Any]) -> Callable[..., Any]:
     return ask
 
 
-def _carries_state(model: PreTrainedModel) -> bool:
+def carries_state(model: PreTrainedModel) -> bool:
     """Whether something other than attention carries tokens' values on, by what transformers says of the model."""
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     return bool(model._is_stateful) or not {"linear_attention", "conv"}.isdisjoint(kinds)

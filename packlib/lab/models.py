@@ -30,6 +30,7 @@ class Architecture:
     any_vocabulary: bool = False
 
 
+WITHOUT_ATTENTION = ("conv", "linear_attention", "mamba")  # transformers' names for layers of hybrids
 FLASH_ROUTE = ("eager", "sdpa", "flash_attention_2")
 
 
@@ -192,6 +193,64 @@ MODELS = {
         eos_token_id=2,
         pad_token_id=2,
     ),
+    # config.json of the source. Short convolutions over 3 tokens in ten layers, attention in the other six.
+    "lfm2-1.2b": _architecture(
+        "LiquidAI/LFM2-1.2B",
+        "lfm2",
+        vocab_size=65536,
+        hidden_size=2048,
+        intermediate_size=12288,
+        block_auto_adjust_ff_dim=True,  # two thirds of it, up to a multiple of 256: 8192
+        block_ffn_dim_multiplier=1.0,
+        block_multiple_of=256,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        conv_L_cache=3,
+        conv_bias=False,
+        layer_types=[
+            *("conv", "conv", "full_attention") * 3,
+            *("conv", "full_attention") * 3,
+            "conv",
+        ],
+        max_position_embeddings=128000,
+        norm_eps=1e-5,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=7,
+        pad_token_id=0,
+    ),
+    # text_config of the source's config.json. Three layers of gated delta rule (a convolution over 4 tokens and linear
+    # attention) for one of attention, which turns a quarter of the 256 dimensions of a head.
+    "qwen3.5-2b": _architecture(
+        "Qwen/Qwen3.5-2B",
+        "qwen3_5_text",
+        vocab_size=248320,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=256,
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_num_key_heads=16,
+        linear_num_value_heads=16,
+        layer_types=[*("linear_attention",) * 3, "full_attention"] * 6,
+        max_position_embeddings=262144,
+        rms_norm_eps=1e-6,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e7,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [11, 11, 10],
+            "mrope_interleaved": True,
+        },
+        tie_word_embeddings=True,
+        eos_token_id=248044,
+    ),
 }
 
 
@@ -206,7 +265,12 @@ def model_config(name: str, *, vocab_size: int | None = None, layers: int | None
     Raises ValueError when a pretrained model has another number of layers or too small a vocabulary.
     """
     if known := architecture(name):
-        changes = {"vocab_size": vocab_size, "num_hidden_layers": layers}
+        kinds = known.config.get("layer_types")
+        changes = {
+            "vocab_size": vocab_size,
+            "num_hidden_layers": layers,
+            "layer_types": kinds and layers and kinds[:layers],
+        }
         changes = {key: value for key, value in changes.items() if value is not None}
         return AutoConfig.for_model(known.model_type, **{**known.config, **changes, "use_cache": False})
     check_pretrained("model", name, MODELS)
@@ -296,8 +360,9 @@ def parameter_count(config: PreTrainedConfig) -> ParameterCount:
 def attention_flops_per_token(config: PreTrainedConfig, seq_len: float) -> float:
     """Operations of attention itself, forward and backward, for a token of an example of seq_len tokens: 12 L H D keys.
 
-    keys: mean number attended to, (seq_len + 1) / 2, less with a sliding window. For examples of several lengths pass
-    Σ n² / Σ n. Packing with boundaries does not change it; without them it grows with the row.
+    L: layers with attention; what the others of a hybrid do between tokens is little beside their products. keys: mean
+    number attended to, (seq_len + 1) / 2, less with a sliding window. For examples of several lengths pass Σ n² / Σ n.
+    Packing with boundaries does not change it; without them it grows with the row.
 
     >>> config = model_config("llama-2-7b")
     >>> round(attention_flops_per_token(config, 4096) / flops_per_token(config), 3)
@@ -306,7 +371,9 @@ def attention_flops_per_token(config: PreTrainedConfig, seq_len: float) -> float
     window = min(getattr(config, "sliding_window", None) or seq_len, seq_len)
     keys = window - window * (window - 1) / (2 * seq_len)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * keys
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = len(kinds) - sum(kind in WITHOUT_ATTENTION for kind in kinds)
+    return 12 * layers * config.num_attention_heads * head_dim * keys
 
 
 def flops_per_token(config: PreTrainedConfig, seq_len: float | None = None) -> float:

@@ -178,13 +178,18 @@ def small_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32)
-        for module in model.modules():
-            if isinstance(module, nn.Linear | Conv1D):
-                fan_in = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
-                nn.init.normal_(module.weight, std=1.5 / math.sqrt(fan_in))
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=1.0)
+        draw_of_order_one(model)
     return model.to(dtype).eval()
+
+
+def draw_of_order_one(model: nn.Module) -> None:
+    """Draw the weights of linear layers and embeddings anew, so that activations are of order one."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            fan_in = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+            nn.init.normal_(module.weight, std=1.5 / math.sqrt(fan_in))
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1.0)
 
 
 def _encoder(config: PretrainedConfig) -> bool:

@@ -1,6 +1,7 @@
 """`isolate_mixers`: packed equals one at a time, recomputed and trained too; what is not packed is left alone."""
 
 import copy
+import importlib
 import warnings
 from itertools import pairwise
 from unittest import mock
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from packlib.attention import isolate_mixers, lines, mixer_waste, register_attention
+from packlib.attention.convolutions import causal_conv1d
 from packlib.attention.lines import group_segments
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.isolation import check_equivalence, check_isolation
@@ -348,3 +350,71 @@ def test_every_type_is_exact_or_refused(model_type):
     assert wrapped and report.isolated and report.error <= 1e-5, (wrapped, report)
     for equal in check_equivalence(model, features(LENGTHS)):
         assert equal.gradient_error < 1e-5, equal
+
+
+# Convolutions that take boundaries
+
+
+@pytest.mark.parametrize("taps", [1, 3, 4])
+def test_a_convolution_with_boundaries_is_that_of_each_segment(taps):
+    """Against PyTorch's own, one segment at a time; segments shorter than the kernel among them."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((1, 5, sum(LENGTHS)), (5, taps), (5,))
+    )
+    seq_idx = torch.repeat_interleave(torch.arange(len(LENGTHS), dtype=torch.int32), torch.tensor(LENGTHS))[None]
+    onto = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    def own(segment):
+        convolved = torch.nn.functional.conv1d(segment, weight[:, None], bias, padding=taps - 1, groups=5)
+        return torch.nn.functional.silu(convolved[..., : segment.shape[-1]])
+
+    results = {
+        "boundaries": causal_conv1d(x, weight, bias, seq_idx, "silu"),
+        "alone": torch.cat([own(segment) for segment in x.split(LENGTHS, -1)], -1),
+        "leaky": own(x),
+    }
+    found = {k: [out, *torch.autograd.grad(out, (x, weight, bias), onto)] for k, out in results.items()}
+    for mine, alone in zip(found["boundaries"], found["alone"]):
+        torch.testing.assert_close(mine, alone, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(found["leaky"][0], found["alone"][0]) == (taps == 1)
+
+
+@pytest.fixture
+def own_convolutions(monkeypatch):
+    """What the process computes convolutions with, put back afterwards."""
+    for model_type in ("lfm2", "qwen3_next"):
+        file = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+        monkeypatch.setattr(file, "causal_conv1d_fn", file.causal_conv1d_fn)
+
+
+def test_short_convolutions_need_no_lines(own_convolutions):
+    model, lines_model = build("lfm2"), build("lfm2")
+    assert set(isolate_mixers(lines_model).values()) == {"Lfm2ShortConv"}
+    assert isolate_mixers(model, native=True) == {}
+    batch = labelled()
+    with mock.patch.object(lines, "_unflatten", wraps=lines._unflatten) as spy:
+        one, gradients_one = trained_on(model, batch)
+        assert not spy.called
+        other, gradients_other = trained_on(lines_model, batch)
+        assert spy.called
+    assert one == pytest.approx(other, rel=1e-6) and apart(gradients_one, gradients_other) < 1e-6
+    assert check_isolation(model).isolated
+    with pytest.raises(ValueError, match="cu_seq_lens_q and no seq_idx"):
+        model(**{name: value for name, value in batch.items() if name != "seq_idx"})
+
+
+def test_what_still_leaks_beside_its_convolution_is_on_lines(own_convolutions):
+    model = build("qwen3_next")
+    assert set(isolate_mixers(model, native=True).values()) == {"Qwen3NextGatedDeltaNet"}
+    assert check_isolation(model).isolated
+
+
+def test_convolutions_without_boundaries_are_what_they_were(own_convolutions):
+    model = small_model("lfm2", "sdpa")
+    batch = PaddingCollator()(features())
+    before = trained_on(model, batch)
+    isolate_mixers(model.eval(), native=True)
+    after = trained_on(model, batch)
+    assert before[0] == after[0] and all(torch.equal(after[1][name], before[1][name]) for name in before[1])

@@ -38,6 +38,8 @@ class Rig:
     pad_to: rows are padded to multiples of so many tokens, so that shapes repeat; 0: not at all.
     float8: matrix products of the layers in float8 (package torchao, on a Hopper GPU).
     lora_rank: adapters of this rank on all linear layers instead of training the weights (package peft).
+    native_mixers: what is not attention takes the boundaries of flat rows itself where it can (convolutions; linear
+        attention with package flash-linear-attention); else it runs on one line a segment, as `isolate_mixers` says.
     shard: weights, gradients and optimiser states over all ranks, layer by layer (FSDP2); without it, every rank holds
         them whole (DDP).
     """
@@ -52,6 +54,7 @@ class Rig:
     float8: bool = False
     lora_rank: int | None = None
     shard: bool = False
+    native_mixers: bool = False
 
     def __post_init__(self) -> None:
         check_parameters(asdict(self), _defaults(self) | {"recompute": None, "lora_rank": None})
@@ -106,6 +109,7 @@ class Rig:
             "float8": self.float8,
             f"LoRA rank {self.lora_rank}": self.lora_rank is not None,
             "FSDP2": self.shard,
+            "mixers that take boundaries": self.native_mixers,
         }
         return ", ".join(name for name, true in said.items() if true)
 

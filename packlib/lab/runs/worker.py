@@ -14,6 +14,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -89,7 +90,8 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
     collator, shapes = collation(spec, strategy, corpus, dataset)
     # 2. Train.
     with tempfile.TemporaryDirectory() as scratch, flash(attn, kernel):
-        model = build(spec, corpus, attn, device, one_shape=len({batch["input_ids"].shape for batch in shapes}) == 1)
+        one_shape = len({batch["input_ids"].shape for batch in shapes}) == 1
+        model, mixers = build(spec, corpus, attn, device, flat=strategy.layout == "flat", one_shape=one_shape)
         clock = StepClock(spec, device, progress, (lambda: evaluation.evaluate(model, held_out)) if held_out else None)
         set_seed(spec.seed)
         trainer = rig.LabTrainer(
@@ -118,6 +120,10 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
             metrics["peak_memory_bytes"] = max(ranks["peak_memory_bytes"])
         metrics |= _limits(spec, trainer.model, rates, metrics) | {"launch_seconds": launch_time(device)}
         metrics |= {"optimizer_steps": len(clock.ends), "kernel": kernel, "shapes": len(shapes) or None}
+        if mixers:
+            metrics["mixers"] = mixers
+            if strategy.trl is None:
+                metrics["mixers"]["slots_per_token"] = _mixer_slots(spec, strategy, dataset, mixers)
         if held_out:
             metrics |= evaluation.evaluate(model, held_out)
         if spec.generate_examples:
@@ -171,11 +177,12 @@ def _compute_dtype(spec: RunSpec) -> torch.dtype:
 
 
 def build(
-    spec: RunSpec, corpus: Corpus, attn: str, device: torch.device, *, one_shape: bool = False
-) -> PreTrainedModel:
-    """The model of a spec, on its rig. Raises `ValueError` where the corpus has token ids that it does not know.
+    spec: RunSpec, corpus: Corpus, attn: str, device: torch.device, *, flat: bool = False, one_shape: bool = False
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model of a spec, on its rig, and what was done to its mixers (nothing where it has none, or rows are padded).
 
-    one_shape: whether all micro-batches will have as many slots.
+    flat: whether rows are flat, so that mixers have to see boundaries. one_shape: whether all micro-batches will have
+    as many slots. Raises `ValueError` where the corpus has token ids that the model does not know.
     """
     ours = models.architecture(spec.model)
     model = models.build_model(
@@ -190,8 +197,30 @@ def build(
     known = model.config.get_text_config().vocab_size
     if corpus.vocab_size > known:
         raise ValueError(f"{spec.corpus} has {corpus.vocab_size} token ids; {spec.model} has {known}: wrong tokenizer")
+    mixers = _isolated(model, spec.rig.native_mixers) if flat and attention.carries_state(model) else {}
     rig.prepare(model, spec.rig, weighting=spec.weighting, one_shape=one_shape)
-    return model
+    return model, mixers
+
+
+def _isolated(model: PreTrainedModel, native: bool) -> dict[str, Any]:
+    """Isolates the mixers of `model`: how many of each class run on lines, and how many take boundaries instead."""
+    lines = attention.isolate_mixers(model, native=native)
+    handed = attention.hand_over_boundaries(model) if native else {}
+    taking = (kind for name, kind in handed.items() if name not in lines)
+    return {"on_lines": dict(Tally(lines.values())), "with_boundaries": dict(Tally(taking))}
+
+
+def _mixer_slots(spec: RunSpec, strategy: Strategy, dataset: Dataset, mixers: Mapping[str, Any]) -> float:
+    """Slots inside the mixers over the real tokens, over all micro-batches."""
+    if not mixers["on_lines"]:
+        return 1.0
+    slots = tokens = 0.0
+    for batch in _micro_batches(spec, strategy, dataset.select_columns("seq_lengths")):
+        lengths = [int(n) for row in batch for n in row["seq_lengths"]]
+        lengths = [sum(lengths)] if strategy.contaminated else lengths
+        slots += attention.mixer_waste(lengths) * sum(lengths)
+        tokens += sum(lengths)
+    return slots / tokens
 
 
 def collation(
