@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from packlib.collators import IGNORE_INDEX
 
-WEIGHTINGS = ("per_token", "per_example")
+WEIGHTINGS = ("per_token", "per_example", "longalign")
 
 
 def token_weights(
@@ -27,7 +27,8 @@ def token_weights(
         labels: int64 [B, T], -100 where there is no loss. As a collator makes them: the first of every segment is -100.
         cu_seqlens: int32 [segments + 1], the segments of the batch read row by row; None: each row is one.
         weighting: `per_token`: 1 for each loss token. `per_example`: 1 / (loss tokens of its segment), so that each
-            segment weighs 1.
+            segment weighs 1. `longalign`: the same weights, for a denominator that is no step's own: the mean number
+            of examples a step (LongAlign, 2401.18058), so that an example weighs as much wherever it was packed.
 
     Returns weights float32 [B, T] (0 at -100) and their sum: loss tokens, or segments with at least one. No
     synchronisation. Raises ValueError for an unknown weighting.
@@ -40,7 +41,7 @@ def token_weights(
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting = {weighting!r}; expected one of {', '.join(WEIGHTINGS)}")
     weights = (labels != IGNORE_INDEX).float()
-    if weighting == "per_example":
+    if weighting != "per_token":
         flat = weights.flatten()
         if cu_seqlens is None:
             cu_seqlens = torch.arange(0, flat.numel() + 1, labels.shape[-1], device=labels.device)

@@ -5,7 +5,9 @@ and memory do not depend on the values of the weights. Any other name is pretrai
 `use_cache` is off: with a cache, packed rows leak into each other on the sdpa and eager paths of transformers.
 """
 
+import contextlib
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from packlib.lab.parameters import check_pretrained
+from packlib.lab.records import cache_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,21 +306,36 @@ def build_model(
             f"{name} bypasses transformers' attention interface; attn_implementation = {attn_implementation!r} cannot "
             f"reach it, expected one of {', '.join(FLASH_ROUTE)}"
         )
+    if name.endswith(".gguf") and Path(name).exists():
+        name = _dequantised(Path(name))
     config, device = model_config(name, vocab_size=vocab_size, layers=layers), torch.device(device)
     if name not in MODELS:
         model: Any = AutoModelForCausalLM.from_pretrained(
             **_location(name), config=config, dtype=dtype, attn_implementation=attn_implementation
         )
-        if "gguf_file" in _location(name):
-            # Weights are in `dtype` by now, but stay marked as quantised, which Trainer and `to` refuse.
-            model.is_quantized, model.hf_quantizer = False, None
-            vars(model.config).pop("quantization_config", None)
         return model.to(device).train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(
             config=config, dtype=dtype, attn_implementation=attn_implementation
         ).train()
+
+
+def _dequantised(path: Path) -> str:
+    """Folder with the weights of a .gguf file in float32, kept in the cache: reading the file takes half a minute."""
+    status = path.stat()
+    folder = cache_folder() / "gguf" / f"{path.stem}-{status.st_size}-{status.st_mtime_ns}"
+    if not folder.exists():
+        model: Any = AutoModelForCausalLM.from_pretrained(**_location(str(path)), dtype=torch.float32, use_cache=False)
+        # Weights are in float32 by now, but stay marked as quantised, which nobody could save.
+        model.is_quantized, model.hf_quantizer = False, None
+        vars(model.config).pop("quantization_config", None)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+            model.save_pretrained(Path(made, folder.name))
+            with contextlib.suppress(OSError):  # another process was first
+                Path(made, folder.name).rename(folder)
+    return str(folder)
 
 
 def _location(name: str) -> dict[str, str]:

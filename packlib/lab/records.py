@@ -41,6 +41,11 @@ def runs_folder() -> Path:
     return project_root() / "papermill_runs"
 
 
+def cache_folder() -> Path:
+    """Folder for trained tokenizers, parsed corpora, weights: `$PACKLIB_CACHE`, or `~/.cache/packlib`."""
+    return Path(os.environ.get("PACKLIB_CACHE") or Path.home() / ".cache" / "packlib")
+
+
 def run_folder(run: str | Path, *, create: bool = True) -> Path:
     """`papermill_runs/<run>` for a bare name; any other path as it is. create: make it, with its `records/`."""
     folder = Path(run)

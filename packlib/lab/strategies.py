@@ -46,6 +46,7 @@ class Strategy:
         own: further keywords of the planner.
         boundary: where attention stops: at each `"segment"`, or only at each `"row"` (contaminated on purpose).
         examples_stay: every example stays an entry of its own, and counts as a row in the paper's Table 2.
+        cuts: its planner cuts examples where a row ends, and so takes those longer than a row.
         trl: settings of `trl.SFTConfig`, for the peers.
     """
 
@@ -58,6 +59,7 @@ class Strategy:
     own: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     boundary: Boundary = "segment"
     examples_stay: bool = False
+    cuts: bool = False
     trl: Mapping[str, Any] | None = None
 
     @property
@@ -117,6 +119,7 @@ _TABLE = [
         layout="flat",
         look=Look(3, "xx", "X"),
         boundary="row",
+        cuts=True,
     ),
     Strategy(
         "fixed_length_packing_posid",
@@ -125,6 +128,7 @@ _TABLE = [
         size="row",
         layout="flat",
         look=Look(1, "\\\\", "P"),
+        cuts=True,
     ),
     Strategy(
         "random_packing_posid",
@@ -152,6 +156,24 @@ _TABLE = [
         layout="flat",
         look=Look(2, "++", "^"),
         own={"overflow": "error"},
+    ),
+    Strategy(
+        "best_fit_posid",
+        "Best fit, mixed + PosID",
+        plans.best_fit,
+        size="batch",
+        layout="flat",
+        look=Look(4, "||", "p"),
+        own={"overflow": "error"},
+    ),
+    Strategy(
+        "best_fit_crop_posid",
+        "Best fit, cropped + PosID",
+        plans.best_fit_crop,
+        size="row",
+        layout="flat",
+        look=Look(5, "//", "d"),
+        cuts=True,
     ),
     Strategy(
         "token_budget",
@@ -217,12 +239,13 @@ def get_strategy(name: str) -> Strategy:
 def plan_for(
     strategy: Strategy, lengths: Sequence[int] | np.ndarray, *, batch_size: int, max_tokens: int, seed: int, **own: Any
 ) -> plans.Plan:
-    """The strategy's plan for examples of these lengths (int [examples], each at most `max_tokens`: see `Corpus.fit`).
+    """The strategy's plan for examples of these lengths (int [examples], each at most `max_tokens`: see
+    `Corpus.fit`; any, where the strategy cuts).
 
     own: further keywords of its planner. For a peer, what it is handed (`trl_padding*`) or rows like its own.
     """
     lengths = np.asarray(lengths)
-    if lengths.size and lengths.max() > max_tokens:
+    if lengths.size and lengths.max() > max_tokens and not strategy.cuts:
         i = int(np.argmax(lengths > max_tokens))
         raise ValueError(f"lengths[{i}] = {lengths[i]} exceeds max_tokens = {max_tokens}; cut it first, by Corpus.fit")
     size = {"examples": batch_size, "row": max_tokens, "batch": batch_size * max_tokens}[strategy.size]

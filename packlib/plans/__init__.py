@@ -3,6 +3,8 @@
 from packlib.plans.plan import Plan, PlanReport, Segment
 from packlib.plans.planners import (
     CostModel,
+    best_fit,
+    best_fit_crop,
     best_fit_decreasing,
     constant_examples,
     dynamic_programming,
@@ -22,6 +24,8 @@ __all__ = [
     "PlanReport",
     "RowsEstimate",
     "Segment",
+    "best_fit",
+    "best_fit_crop",
     "best_fit_decreasing",
     "constant_examples",
     "dynamic_programming",

@@ -7,7 +7,7 @@ here loops over single examples, save the dynamic programme.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from heapq import heappop, heappush
 from itertools import chain
@@ -120,6 +120,62 @@ def next_fit_splits(size: np.ndarray, max_tokens: int) -> np.ndarray:
         splits.append(int(ends.searchsorted(used + max_tokens, side="right")))
         used = int(ends[splits[-1] - 1])
     return np.array(splits)
+
+
+def best_fit_rows(size: np.ndarray, max_tokens: int) -> np.ndarray:
+    """Row of each item, taken in order: the fullest with room for it, or a new one. int64 [items].
+
+    size: integers [items], 1 to max_tokens. Rows with equal room wait in one list; the distinct rooms are kept sorted.
+
+    >>> best_fit_rows(np.array([3, 4, 1, 2]), 5).tolist()
+    [0, 1, 1, 0]
+    """
+    rooms: list[int] = []
+    waiting: dict[int, list[int]] = {}
+    rows, new = [], 0
+    for n in size.tolist():
+        at = bisect_left(rooms, n)
+        if at == len(rooms):
+            row, room, new = new, max_tokens, new + 1
+        else:
+            room = rooms[at]
+            row = waiting[room].pop()
+            if not waiting[room]:
+                del waiting[room], rooms[at]
+        if left := room - n:
+            if left not in waiting:
+                waiting[left] = []
+                insort(rooms, left)
+            waiting[left].append(row)
+        rows.append(row)
+    return np.array(rows)
+
+
+def crop_rows(size: np.ndarray, max_tokens: int, buffer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items in the order of full rows, how much of each is kept, and row_splits, all int64.
+
+    size: integers [items]. A row takes the longest of the next `buffer` items that fits; when none does, the shortest
+    is cropped to the room that is left.
+    """
+    waiting: list[tuple[int, int]] = []  # (size, item), short to long
+    taken: list[int] = []
+    kept: list[int] = []
+    splits, coming, sizes = [0], 0, size.tolist()
+    while waiting or coming < len(sizes):
+        room = max_tokens
+        while room:
+            while len(waiting) < buffer and coming < len(sizes):
+                insort(waiting, (sizes[coming], coming))
+                coming += 1
+            if not waiting:
+                break
+            at = bisect_right(waiting, (room, len(sizes))) - 1
+            n, item = waiting.pop(max(at, 0))
+            taken.append(item)
+            kept.append(min(n, room))
+            room -= kept[-1]
+        splits.append(len(taken))
+    return np.array(taken), np.array(kept), np.array(splits)
 
 
 class _Group(NamedTuple):

@@ -12,7 +12,7 @@ never long to short.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,8 @@ from packlib.plans.lengths import (
 )
 from packlib.plans.packing import Columns, Rule, Segments
 from packlib.plans.plan import Plan
+
+COLUMNS = ("example", "start", "stop")  # of a plan's segments
 
 
 @dataclass(frozen=True)
@@ -186,19 +188,30 @@ def dynamic_programming(
     return _shuffled(lengths, np.concatenate(splits), segments, order, shuffle, capacity, name)
 
 
-def fixed_length(lengths: Lengths, max_tokens: int, *, seed: int = 0, atom_size: int | None = None) -> Plan:
+def fixed_length(
+    lengths: Lengths,
+    max_tokens: int,
+    *,
+    seed: int = 0,
+    atom_size: int | None = None,
+    order: np.ndarray | None = None,
+) -> Plan:
     """FixedLengthPacking: one stream of all examples, cut every `max_tokens` tokens, whatever that breaks. O(n).
 
     Args:
         max_tokens: tokens of a row; the last one has those that remain.
         atom_size: the unit in which the stream is shuffled before it is cut into rows, in tokens (2408.09621: best at
             `max_tokens`). None: whole examples are shuffled.
+        order: the examples in the order of the stream, a permutation, instead of a shuffled one; then the rows are
+            shuffled, so that a step holds rows from everywhere. Goes without `atom_size`.
 
     >>> [[tuple(segment) for segment in row] for row in fixed_length([3, 4], max_tokens=5, seed=0)]
     [[(0, 0, 3), (1, 0, 2)], [(1, 2, 4)]]
     """
     lengths = check_lengths(lengths)
     segments, rng = packing.fit(lengths, None, None), np.random.default_rng(seed)
+    if order is not None:
+        return _in_order(lengths, positive("max_tokens", max_tokens), np.asarray(order), atom_size, seed)
     if atom_size is None:
         stream = packing.gather(segments, rng.permutation(len(lengths)))
     else:
@@ -213,6 +226,17 @@ def fixed_length(lengths: Lengths, max_tokens: int, *, seed: int = 0, atom_size:
     row_splits, segments = packing.cut(stream, positive("max_tokens", max_tokens))
     name = _call("fixed_length", max_tokens=max_tokens, seed=seed, atom_size=atom_size)
     return _plan(lengths, row_splits, segments, max_tokens, name)
+
+
+def _in_order(lengths: np.ndarray, max_tokens: int, order: np.ndarray, atom_size: int | None, seed: int) -> Plan:
+    """`fixed_length` of a stream whose order is given."""
+    if atom_size is not None:
+        raise ValueError(f"atom_size = {atom_size} shuffles the stream, order says how it runs; expected one of them")
+    if not np.array_equal(np.sort(order), np.arange(len(lengths))):
+        raise ValueError(f"order has {len(order)} entries; expected each of 0 to {len(lengths) - 1} once")
+    row_splits, segments = packing.cut(packing.gather((None, None, lengths), order), max_tokens)
+    name = _call("fixed_length", max_tokens=max_tokens, order="given")
+    return _plan(lengths, row_splits, segments, max_tokens, name).shuffle(seed)
 
 
 def next_fit(
@@ -255,6 +279,49 @@ def best_fit_decreasing(lengths: Lengths, max_tokens: int, *, seed: int = 0, ove
     return _decreasing("best_fit_decreasing", lengths, max_tokens, overflow, seed)
 
 
+def best_fit(lengths: Lengths, max_tokens: int, *, seed: int = 0, overflow: Overflow) -> Plan:
+    """In random order, each example into the fullest row with room for it: as full as sorted packing, and mixed.
+
+    Long to short, a row holds examples of about one length: few long ones, or many short ones. In random order it holds
+    what a random mini-batch holds, and on lengths with a tail hardly a row more is needed. Exact; one step of Python an
+    example (a million: 3 s).
+
+    >>> plan = best_fit([3, 1, 2, 4], max_tokens=5, overflow="error", seed=1)  # example 1, then 0, 2 and 3
+    >>> sorted(sorted(segment.example for segment in row) for row in plan)
+    [[0, 1], [2], [3]]
+    """
+    lengths = check_lengths(lengths)
+    segments, rng = packing.fit(lengths, positive("max_tokens", max_tokens), overflow), np.random.default_rng(seed)
+    size = packing.sizes(segments)
+    items = rng.permutation(len(size))
+    rows = packing.best_fit_rows(size[items], max_tokens)
+    items = items[np.argsort(rows, kind="stable")]
+    row_splits = np.concatenate([[0], np.cumsum(np.bincount(rows))])
+    name = _call("best_fit", max_tokens=max_tokens, overflow=overflow, seed=seed)
+    return _shuffled(lengths, row_splits, segments, items, rng, max_tokens, name)
+
+
+def best_fit_crop(lengths: Lengths, max_tokens: int, *, seed: int = 0, buffer: int = 1000) -> Plan:
+    """Full rows that each begin with an example's first token; the last example of a row is cropped to fit (nanochat).
+
+    Of the next `buffer` examples in random order a row takes the longest that fits, again and again; when none does,
+    the shortest one is cropped to what is left, and the rest of it is lost (a report counts it). No row has room left
+    but the last to be made. O(examples · log buffer). After nanochat's
+    `tokenizing_distributed_data_loader_bos_bestfit`.
+
+    >>> plan = best_fit_crop([3, 4, 3], max_tokens=5)
+    >>> plan.row_lengths.tolist(), plan.report([3, 4, 3]).lost_tokens
+    ([5, 3], 2)
+    """
+    lengths = check_lengths(lengths)
+    capacity, rng = positive("max_tokens", max_tokens), np.random.default_rng(seed)
+    items = rng.permutation(len(lengths))
+    taken, stop, row_splits = packing.crop_rows(lengths[items], capacity, positive("buffer", buffer))
+    segments = items[taken].astype(index_type(len(lengths))), np.zeros(len(taken), np.int32), stop.astype(np.int32)
+    name = _call("best_fit_crop", max_tokens=max_tokens, seed=seed, buffer=buffer)
+    return _plan(lengths, row_splits, segments, max_tokens, name).shuffle(seed)
+
+
 def first_fit_decreasing(lengths: Lengths, max_tokens: int, *, seed: int = 0, overflow: Overflow) -> Plan:
     """Long to short, each example into the first row with room for it (multipack). As `best_fit_decreasing` else."""
     return _decreasing("first_fit_decreasing", lengths, max_tokens, overflow, seed)
@@ -268,20 +335,36 @@ def histogram(lengths: Lengths, max_tokens: int, *, seed: int = 0, overflow: Ove
 def constant_examples(plan: Plan, examples: int, *, seed: int = 0) -> tuple[Plan, np.ndarray]:
     """Group rows into optimiser steps of `examples` segments each, so that packing changes the speed and not the step.
 
-    Rows are packed into steps by best fit, so nearly every step holds exactly `examples`; a row with more has a step of
-    its own and a few steps may hold fewer. Returns the plan in the order of the steps (drawn from `seed`) and
-    step_splits, int64 [steps + 1]: step i is the rows `step_splits[i]` to `step_splits[i + 1]`. O(rows).
+    Every step holds exactly `examples`, only one those that remain: as many steps as padding takes. A row with more is
+    split between examples, and so are a few of the rows that best fit leaves in steps with room. Returns the plan in
+    the order of the steps (drawn from `seed`) and step_splits, int64 [steps + 1]: step i is the rows `step_splits[i]`
+    to `step_splits[i + 1]`. O(rows).
 
-    >>> plan = next_fit([1, 1, 1, 3, 3, 3], max_tokens=3, overflow="error", order="sorted")
+    >>> plan = next_fit([1, 1, 1, 1, 3, 3], max_tokens=4, overflow="error", order="sorted")
     >>> plan, step_splits = constant_examples(plan, examples=3)
-    >>> np.add.reduceat(plan.row_examples, step_splits[:-1]).tolist(), np.diff(step_splits).tolist()
-    ([3, 3], [3, 1])
+    >>> sorted(plan.row_examples.tolist()), np.add.reduceat(plan.row_examples, step_splits[:-1]).tolist()
+    ([1, 2, 3], [3, 3])
     """
     segments = len(plan.example)
     if not 1 <= positive("examples", examples) <= segments:
         raise ValueError(f"examples = {examples}; expected 1 to {segments}, the segments of the plan")
-    steps = best_fit_decreasing(np.minimum(plan.row_examples, examples), examples, overflow="error", seed=seed)
-    return plan.take(steps.example, f"constant_examples({examples}, seed={seed})"), steps.row_splits
+    # 1. Rows with more segments are split.
+    begin = np.repeat(plan.row_splits[:-1], plan.row_examples)
+    splits = np.append(np.flatnonzero((np.arange(segments) - begin) % examples == 0), segments)
+    # 2. Best fit fills most steps to the last place.
+    steps = best_fit_decreasing(np.diff(splits), examples, overflow="error", seed=seed)
+    full = np.repeat(steps.row_lengths == examples, steps.row_examples)
+    # 3. What the other steps hold is laid end to end, and cut again.
+    order = np.concatenate([steps.example[full], steps.example[~full]])
+    index, splits = packing.select_rows(splits, order)
+    edges = np.union1d(splits, np.arange(0, segments, examples))
+    regrouped = replace(plan, row_splits=edges, **{name: getattr(plan, name)[index] for name in COLUMNS})
+    # 4. Steps in random order.
+    ends = np.append(np.arange(0, segments, examples), segments)
+    rows, step_splits = packing.select_rows(
+        np.searchsorted(edges, ends), np.random.default_rng(seed).permutation(len(ends) - 1)
+    )
+    return regrouped.take(rows, f"constant_examples({examples}, seed={seed})"), step_splits
 
 
 def _decreasing(rule: Rule, lengths: Lengths, max_tokens: int, overflow: Overflow, seed: int) -> Plan:

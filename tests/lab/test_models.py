@@ -106,21 +106,31 @@ def test_a_folder_is_loaded_with_its_weights(tmp_path):
             build_model(str(tmp_path), **options)
 
 
-def test_a_gguf_file_is_asked_for_by_folder_and_file(monkeypatch, tmp_path):
+def test_a_gguf_file_is_read_once_and_kept(monkeypatch, tmp_path):
     (tmp_path / "small.gguf").touch()
+    monkeypatch.setenv("PACKLIB_CACHE", str(tmp_path / "cache"))
     asked = []
-    config, model = model_config("tiny-llama"), build_model("tiny-llama", layers=1)
+    model = build_model("tiny-llama", layers=1)
     model.is_quantized, model.hf_quantizer = True, object()  # as transformers leaves it
     model.config.quantization_config = {"quant_method": "gguf"}
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", lambda **options: asked.append(options) or config)
-    monkeypatch.setattr(
-        models.AutoModelForCausalLM, "from_pretrained", lambda **options: asked.append(options) or model
-    )
-    assert build_model(str(tmp_path / "small.gguf"), dtype=torch.bfloat16) is model
-    validate_quantization_for_training(model)  # what Trainer asks; it refuses a model that is still marked
-    assert not hasattr(model.config, "quantization_config")
-    assert all(a["pretrained_model_name_or_path"] == str(tmp_path) and a["gguf_file"] == "small.gguf" for a in asked)
-    assert asked[0]["use_cache"] is False and asked[1]["dtype"] is torch.bfloat16 and asked[1]["config"] is config
+    read = models.AutoModelForCausalLM.from_pretrained
+
+    def from_file(**options):
+        asked.append(options)
+        return model if "gguf_file" in options else read(**options)
+
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_file)
+    for dtype in (torch.bfloat16, torch.float32):
+        found = build_model(str(tmp_path / "small.gguf"), dtype=dtype)
+        validate_quantization_for_training(found)  # what Trainer asks; it refuses a model that is still marked
+        assert not hasattr(found.config, "quantization_config") and not found.config.use_cache
+        assert found.dtype is dtype and asked[-1]["dtype"] is dtype
+        assert torch.equal(found.lm_head.weight, model.lm_head.weight.to(dtype))
+    asked = [options for options in asked if "gguf_file" in options]
+    assert len(asked) == 1 and asked[0]["pretrained_model_name_or_path"] == str(tmp_path)
+    (tmp_path / "small.gguf").write_bytes(b"another")
+    build_model(str(tmp_path / "small.gguf"))
+    assert len(list((tmp_path / "cache" / "gguf").iterdir())) == 2
 
 
 @pytest.mark.slow

@@ -147,20 +147,22 @@ def test_constant_examples_fills_steps_exactly():
     grouped, steps = plans.constant_examples(plan, 32, seed=1)
     per_step = np.add.reduceat(grouped.row_examples, steps[:-1])
     assert sorted(grouped.example) == list(range(len(lengths)))
-    assert (per_step == 32).mean() > 0.98
-    assert per_step.max() == 32
+    assert len(per_step) == len(shuffled_batches(lengths, 32)) == 157
+    assert sorted(per_step.tolist()) == [5000 % 32] + [32] * 156
     rows = len(plan) // len(per_step)
     same_rows = np.add.reduceat(plan.row_examples, np.arange(0, len(plan), rows))
     assert (same_rows == 32).mean() < 0.1
+    assert len(grouped) < 1.02 * len(plan), "few rows are split"
     assert plans.constant_examples(plan, 32, seed=2)[0].sha256 != grouped.sha256
     for bad in (0, len(lengths) + 1):
         with pytest.raises(ValueError, match=f"examples = {bad}; expected"):
             plans.constant_examples(plan, bad)
 
 
-def test_a_row_above_the_step_is_a_step():
+def test_a_row_above_the_step_is_split():
     plan, steps = plans.constant_examples(next_fit([1] * 6 + [6] * 3, 6, overflow="error", order="sorted"), 2)
-    assert sorted(np.add.reduceat(plan.row_examples, steps[:-1]).tolist()) == [1, 2, 6]
+    assert sorted(np.add.reduceat(plan.row_examples, steps[:-1]).tolist()) == [1, 2, 2, 2, 2]
+    assert sorted(plan.example) == list(range(9)) and plan.row_lengths.max() == 6
 
 
 def test_save_and_load_round_trip(tmp_path):

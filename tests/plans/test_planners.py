@@ -15,6 +15,7 @@ from packlib.plans import CostModel
 PACKERS = {
     "next_fit": plans.next_fit,
     "next_fit_sorted": partial(plans.next_fit, order="sorted"),
+    "best_fit": plans.best_fit,
     "best_fit_decreasing": plans.best_fit_decreasing,
     "first_fit_decreasing": plans.first_fit_decreasing,
     "histogram": plans.histogram,
@@ -87,6 +88,52 @@ def test_atoms_stay_whole_in_the_stream(lengths, atom, seed):
     stream = np.concatenate([np.arange(s.start, s.stop) + begins[s.example] for s in plan[0]])
     jumps = stream[1:][np.diff(stream) != 1]
     assert (jumps % atom == 0).all()
+
+
+def test_a_stream_runs_in_the_order_that_is_given():
+    lengths = np.array([3, 5, 2, 7, 4])
+    order = np.array([4, 2, 0, 3, 1])
+    plan = plans.fixed_length(lengths, 6, order=order, seed=1)
+    assert plan.row_lengths.sum() == 21 and sorted(plan.row_lengths.tolist()) == [3, 6, 6, 6]
+    by_row = {tuple(s.example for s in row) for row in plan}
+    assert by_row == {(4, 2), (0, 3), (3, 1), (1,)}
+    assert [list(row) for row in plan] != [list(row) for row in plans.fixed_length(lengths, 6, order=order, seed=0)]
+    with pytest.raises(ValueError, match="order has 2 entries; expected each of 0 to 4 once"):
+        plans.fixed_length(lengths, 6, order=[0, 1])
+    with pytest.raises(ValueError, match="atom_size = 3 shuffles the stream"):
+        plans.fixed_length(lengths, 6, order=order, atom_size=3)
+
+
+@settings(max_examples=150, deadline=None)
+@given(lengths=lengths_up_to, capacity=st.integers(1, 100), seed=seeds, buffer=st.integers(1, 12))
+def test_cropped_rows_begin_with_an_example_and_are_full(lengths, capacity, seed, buffer):
+    plan = plans.best_fit_crop(lengths, capacity, seed=seed, buffer=buffer)
+    assert (plan.start == 0).all() and len(set(plan.example.tolist())) == len(plan.example) == len(lengths)
+    assert sorted(plan.row_lengths.tolist())[1:] == [capacity] * (len(plan) - 1)
+    cropped = plan.stop < np.array(lengths)[plan.example]
+    assert not cropped[np.setdiff1d(np.arange(len(lengths)), plan.row_splits[1:] - 1)].any(), "only the last of a row"
+    assert plan.report(lengths).lost_tokens == sum(lengths) - plan.row_lengths.sum()
+
+
+def test_a_crop_takes_the_longest_that_fits_and_else_the_shortest():
+    plan = plans.best_fit_crop([6, 2, 5, 9], 10, buffer=4)
+    rows = {tuple((s.example, s.stop) for s in row) for row in plan}
+    assert rows == {((3, 9), (1, 1)), ((0, 6), (2, 4))}
+
+
+def test_mixed_best_fit_equals_the_textbook_and_mixes():
+    lengths = np.random.default_rng(0).lognormal(5.5, 1, 2000).clip(1, 4096).astype(int)
+    order = np.random.default_rng(3).permutation(2000)
+    rows: list[list[int]] = []
+    for n in lengths[order]:
+        fitting = [row for row in rows if sum(row) + n <= 4096]
+        max(fitting, key=sum).append(n) if fitting else rows.append([n])
+    plan, longest_first = (
+        planner(lengths, 4096, seed=3, overflow="error") for planner in (plans.best_fit, plans.best_fit_decreasing)
+    )
+    assert sorted(plan.row_lengths.tolist()) == sorted(map(sum, rows))
+    assert len(plan) <= 1.03 * len(longest_first)
+    assert plan.row_examples.std() < longest_first.row_examples.std() / 2
 
 
 def naive_decreasing(lengths, capacity, choose):

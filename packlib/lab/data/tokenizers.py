@@ -7,7 +7,6 @@ The corpus's own BPE needs no network, and its 4096 entries keep a tiny model's 
 import hashlib
 import importlib.util
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,9 @@ from packlib.atomic import atomic_write
 from packlib.lab.data.chats import write_chat
 from packlib.lab.data.sources import Chat, Piece
 from packlib.lab.parameters import check_pretrained
+from packlib.lab.records import cache_folder
 
 BPE_VOCAB = 4096
-
-
-def cache_folder() -> Path:
-    """Folder for trained tokenizers and parsed corpora: `$PACKLIB_CACHE`, or `~/.cache/packlib`."""
-    return Path(os.environ.get("PACKLIB_CACHE") or Path.home() / ".cache" / "packlib")
 
 
 def train_bpe(texts: Sequence[str], vocab_size: int = BPE_VOCAB) -> PreTrainedTokenizerFast:

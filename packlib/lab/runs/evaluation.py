@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, corpus: Corpus, *, max_slots: int = 8192) -> dict[str, float]:
+def evaluate(
+    model: PreTrainedModel, corpus: Corpus, *, max_slots: int = 8192, by_position: bool = False
+) -> dict[str, Any]:
     """Loss of `model` on the examples of `corpus`, each alone on its line.
 
     Returns `eval_loss_per_token` (Σ loss / Σ loss tokens, nats), `eval_loss_per_example` (mean over examples of their
-    mean loss, nats), `eval_tokens` and `eval_examples` (those with at least one loss token). Batches of at most
+    mean loss, nats), `eval_tokens` and `eval_examples` (those with at least one loss token). by_position: also
+    `eval_loss_by_position`, a list of [first position, loss per token there, tokens] for positions from 1, 2, 4, … to
+    the double of it, and `eval_loss_longest`, per token of the examples as long as the longest. Batches of at most
     `max_slots` slots, or one example. The model is put back into the mode it was in. Raises `ValueError` for a corpus
     without a loss token.
     """
@@ -35,6 +39,7 @@ def evaluate(model: PreTrainedModel, corpus: Corpus, *, max_slots: int = 8192) -
     training = model.training
     model.eval()
     sums, counts = [], []
+    places = np.zeros((2, int(corpus.lengths.max()).bit_length()))  # loss and tokens of positions of so many bits
     for rows in _batches(corpus.lengths, max_slots):
         batch = PaddingCollator(corpus.pad_token_id)([corpus.dataset[int(i)] for i in rows])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -45,10 +50,22 @@ def evaluate(model: PreTrainedModel, corpus: Corpus, *, max_slots: int = 8192) -
         )
         sums.append(loss.double().sum(1).cpu())
         counts.append((labels != IGNORE_INDEX).sum(1).cpu())
+        at = torch.stack([loss.double().sum(0), (labels != IGNORE_INDEX).sum(0)]).cpu().numpy()  # of positions from 1
+        bits = np.frexp(np.arange(1, at.shape[1] + 1))[1] - 1
+        for values, seen in zip(places, at):
+            np.add.at(values, bits, seen)
     model.train(training)
     total, tokens = torch.cat(sums), torch.cat(counts)
     predicted = tokens > 0
-    return {
+    order = np.concatenate(_batches(corpus.lengths, max_slots))
+    longest = torch.from_numpy(corpus.lengths[order] == corpus.lengths.max())
+    further = {
+        "eval_loss_by_position": [
+            [2**i, loss / seen, int(seen)] for i, (loss, seen) in enumerate(places.T.tolist()) if seen
+        ],
+        "eval_loss_longest": float(total[longest].sum() / tokens[longest].sum()) if tokens[longest].sum() else None,
+    }
+    return (further if by_position else {}) | {
         "eval_loss_per_token": float(total.sum() / tokens.sum()),
         "eval_loss_per_example": float((total[predicted] / tokens[predicted]).mean()),
         "eval_tokens": int(tokens.sum()),

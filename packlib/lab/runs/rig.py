@@ -173,7 +173,8 @@ def trainer_settings(rig: Rig) -> dict[str, Any]:
 class LabTrainer(SFTTrainer):
     """SFTTrainer on a rig, which also keeps the loss and gradient norm of every step without waiting for them.
 
-    weighting: `per_token`, or `per_example`: every example weighs alike, packed or not, over a whole optimiser step.
+    weighting: `per_token`, or `per_example`: every example weighs alike, packed or not, over a whole optimiser step; or
+        `longalign`: over all steps, each divided by `examples`, their mean number of labelled examples.
     """
 
     rig = Rig()
@@ -181,8 +182,17 @@ class LabTrainer(SFTTrainer):
     optimizer: Any
     is_fsdp_enabled: bool
 
-    def __init__(self, *args: Any, rig: Rig | None = None, weighting: str = "per_token", **kwargs: Any) -> None:
-        self.rig, self.weighting = rig or Rig(), weighting
+    def __init__(
+        self,
+        *args: Any,
+        rig: Rig | None = None,
+        weighting: str = "per_token",
+        examples: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.rig, self.weighting, self.examples = rig or Rig(), weighting, examples
+        if weighting == "longalign" and not examples:
+            raise ValueError(f"weighting = 'longalign' with examples = {examples}; expected the mean number a step")
         self.losses: list[Tensor] = []  # one a micro-batch
         self.grad_norms: list[Tensor] = []  # one a step
         self.step_ends: list[int] = []  # micro-batches so far, at the end of each step
@@ -271,6 +281,8 @@ class LabTrainer(SFTTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         if self.weighting == "per_token":
             return super()._get_num_items_in_batch(batch_samples, device)
+        if self.weighting == "longalign":
+            return torch.tensor(self.examples, device=device)
         examples = torch.zeros((), device=device)
         for batch in batch_samples:
             _, count = losses.token_weights(batch["labels"], batch.get("cu_seq_lens_q"), self.weighting)

@@ -17,7 +17,8 @@ from packlib.lab.strategies import get_strategy
 from packlib.losses import WEIGHTINGS
 
 DTYPES = ("float32", "bfloat16", "bf16_mixed")
-OVERFLOW = ("error", "truncate", "split")
+OVERFLOW = ("error", "truncate", "split", "cut")
+ORDERS = ("planned", "long_first", "long_last", "neighbours")
 LOSSES = ("full", "response")
 OWN_ATTENTION = ("transformers_sdpa", "transformers_eager", "transformers_flash", "maskless_sdpa")
 KERNEL_NAMES = ("auto", *KERNELS, *OWN_ATTENTION)
@@ -128,13 +129,17 @@ class RunSpec:
         causal attention does not need where pads are on the right.
     dtype: `float32`; `bfloat16` (weights, gradients and optimiser states); `bf16_mixed` (float32 weights under
         autocast).
-    weighting: `per_token` or `per_example`. loss: `full` or `response`. overflow: what happens to examples above
-        max_tokens. unlabelled: and to those that then have no label left: `error`, `drop`, or `keep`.
+    weighting: one of `packlib.losses.WEIGHTINGS`. loss: `full` or `response`. overflow: what happens to examples above
+        max_tokens, as in `Corpus.fit`; `cut`: a strategy that cuts gets them whole. unlabelled: and to those that then
+        have no label left: `error`, `drop`, or `keep`.
     eval_examples: size of the held-out set (0: none), evaluated at the end and every `eval_every` steps. atom_size: for
         fixed_length.
-    examples_per_step: group rows so that optimiser steps hold about this many examples. layers: toy depth instead of
+    examples_per_step: group rows so that optimiser steps hold exactly this many examples. order: of the rows: as
+        `planned`; `long_first` or `long_last`, by their mean example; or `neighbours`: the stream of fixed_length runs
+        through examples of like words, and its rows are shuffled. layers: toy depth instead of
         the published one.
-    generate_examples: evaluation examples whose final answer is generated and compared.
+    generate_examples: evaluation examples whose final answer is generated and compared. eval_context: also evaluate
+        every held-out example behind so many training examples of like words (0: not).
     rig: how a step is executed; a mapping of its fields is as good. profile: one more step, of which kernels, launches
         and pauses are counted (on a GPU).
 
@@ -167,6 +172,8 @@ class RunSpec:
     eval_examples: int = 0
     eval_every: int | None = None
     generate_examples: int = 0
+    eval_context: int = 0
+    order: str = "planned"
     atom_size: int | None = None
     examples_per_step: int | None = None
     layers: int | None = None
@@ -184,6 +191,7 @@ class RunSpec:
         choices = {
             "dtype": DTYPES,
             "overflow": OVERFLOW,
+            "order": ORDERS,
             "unlabelled": UNLABELLED,
             "loss": LOSSES,
             "weighting": WEIGHTINGS,
@@ -204,7 +212,8 @@ class RunSpec:
     def corpus_options(self) -> dict[str, Any]:
         """What `load_corpus` is asked for, besides name and split."""
         names = ("tokenizer", "loss", "limit", "max_tokens", "overflow", "unlabelled")
-        return {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in names}
+        return options | {"max_tokens": None, "overflow": "error"} if self.overflow == "cut" else options
 
     @property
     def spec_id(self) -> str:
@@ -221,6 +230,7 @@ AT_LEAST_ZERO = {
     "lr_warmup_steps",
     "eval_examples",
     "generate_examples",
+    "eval_context",
     "weight_decay",
     "learning_rate",
 }

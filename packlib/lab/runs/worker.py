@@ -33,6 +33,7 @@ from trl import SFTConfig
 from packlib import attention, plans
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.lab import models, records
+from packlib.lab.data import neighbours
 from packlib.lab.data.corpora import Corpus, load_corpus, load_tokenizer, located
 from packlib.lab.runs import evaluation, rig
 from packlib.lab.runs.clock import (
@@ -103,6 +104,7 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
             data_collator=collator,
             rig=spec.rig,
             weighting=spec.weighting,
+            examples=report["labelled_examples_per_step"] if spec.weighting == "longalign" else None,
         )
         trainer.remove_callback(PrinterCallback)
         if spec.rig.graphs:
@@ -125,7 +127,11 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
             if strategy.trl is None:
                 metrics["mixers"]["slots_per_token"] = _mixer_slots(spec, strategy, dataset, mixers)
         if held_out:
-            metrics |= evaluation.evaluate(model, held_out)
+            metrics |= evaluation.evaluate(model, held_out, by_position=True)
+            if rest := _rest(spec):
+                metrics |= _named(evaluation.evaluate(model, rest), "rest")
+        if spec.eval_context:
+            metrics |= _in_context(spec, corpus, model)
         if spec.generate_examples:
             tokenizer = load_tokenizer(located(spec.tokenizer), located(spec.corpus))
             asked = _held_out(replace(spec, loss="response"), spec.generate_examples)
@@ -169,7 +175,39 @@ def _device() -> torch.device:
 
 
 def _held_out(spec: RunSpec, examples: int) -> Corpus:
-    return load_corpus(spec.corpus, split="eval", **spec.corpus_options | {"limit": examples})
+    """Held-out examples; of those above max_tokens the beginning, however training examples are cut."""
+    options = spec.corpus_options | {"limit": examples, "max_tokens": spec.max_tokens}
+    if spec.overflow in ("split", "cut"):
+        options["overflow"] = "truncate"
+    return load_corpus(spec.corpus, split="eval", **options)
+
+
+def _rest(spec: RunSpec) -> Corpus | None:
+    """What `_held_out` leaves of the held-out examples: their further pieces of max_tokens, each on its own."""
+    options = spec.corpus_options | {"limit": spec.eval_examples, "max_tokens": None, "overflow": "error"}
+    whole = load_corpus(spec.corpus, split="eval", **options)
+    pieces = -(-whole.lengths // spec.max_tokens)
+    first = np.cumsum(pieces) - pieces
+    cut_off = np.setdiff1d(np.arange(pieces.sum()), first)
+    rest = whole.fit(spec.max_tokens, "split").subset(cut_off) if len(cut_off) else None
+    return rest if rest and rest.loss_tokens.any() else None
+
+
+def _in_context(spec: RunSpec, corpus: Corpus, model: PreTrainedModel) -> dict[str, Any]:
+    """What the model makes of held-out examples behind training examples of like words: losses, and answers."""
+    asked = replace(spec, loss="response")
+    held_out = _held_out(asked, spec.eval_examples)
+    shown = neighbours.nearest(corpus, held_out, spec.eval_context)
+    metrics = _named(evaluation.evaluate(model, neighbours.behind(corpus, held_out, shown)), "in_context")
+    if spec.generate_examples:
+        some = neighbours.behind(corpus, _held_out(asked, spec.generate_examples), shown)
+        tokenizer = load_tokenizer(located(spec.tokenizer), located(spec.corpus))
+        metrics["exact_match_in_context"] = evaluation.exact_match(model, some, tokenizer)["exact_match"]
+    return metrics
+
+
+def _named(losses: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {f"{name}_{where}": value for name, value in losses.items() if name.startswith("eval_")}
 
 
 def _compute_dtype(spec: RunSpec) -> torch.dtype:
@@ -289,9 +327,14 @@ def flash(attn: str, kernel: str) -> AbstractContextManager:
 
 def planned(spec: RunSpec, strategy: Strategy, corpus: Corpus) -> tuple[Dataset, dict[str, Any]]:
     """The data set that the trainer is given (only the rows it will reach) and the plan's report."""
-    own = {} if spec.atom_size is None else {"atom_size": spec.atom_size}
+    own: dict[str, Any] = {} if spec.atom_size is None else {"atom_size": spec.atom_size}
+    if spec.order == "neighbours":
+        own["order"] = neighbours.chain(corpus, seed=spec.seed)
     sizes = {"batch_size": spec.batch_size, "max_tokens": spec.max_tokens}
     plan = plan_for(strategy, corpus.lengths, seed=spec.seed, **sizes, **own)
+    if spec.order in ("long_first", "long_last"):
+        sign = -1 if spec.order == "long_first" else 1
+        plan = plan.take(np.argsort(sign * plan.row_lengths / plan.row_examples, kind="stable"), spec.order)
     if spec.examples_per_step:
         if strategy.size == "row" or strategy.layout == "padded" or spec.gradient_accumulation > 1:
             raise ValueError(
@@ -305,10 +348,12 @@ def planned(spec: RunSpec, strategy: Strategy, corpus: Corpus) -> tuple[Dataset,
     report = plan.report(corpus.lengths, strategy.layout).to_dict()
     report["lost_tokens"] += corpus.lost_tokens
     report["unlabelled_examples"] = corpus.unlabelled
-    report["loss_tokens"] = int(corpus.predicted(plan.example, plan.start, plan.stop).sum())  # of the real mask
+    labels = corpus.predicted(plan.example, plan.start, plan.stop)  # of the real mask
+    report["loss_tokens"] = int(labels.sum())
     if strategy.packed_by_trl:
         return corpus.dataset, report
     per_step = spec.gradient_accumulation * strategy.rows_per_batch(spec.batch_size) * spec.world_size
+    report["labelled_examples_per_step"] = per_step * int((labels > 0).sum()) / len(plan)
     if spec.all_steps:
         plan = plan.take(np.arange(min(spec.all_steps * per_step, len(plan))))
     of_rows = np.add.reduceat(corpus.predicted(plan.example, plan.start, plan.stop), plan.row_splits[:-1])

@@ -10,7 +10,7 @@ by the specs that it gives.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -139,16 +139,29 @@ def settings_arms(
     groups, shared (fields of `RunSpec`): where a setting names none. Raises `ValueError` for an unknown field, listing
     the known ones, and for a missing one.
     """
-    known, found = PLAN | {field.name for field in fields(RunSpec)}, []
+    found = []
     for setting in settings:
-        for name in sorted(setting.keys() - known):
-            raise unknown_name("field of a setting", name, known)
-        for name in sorted({"corpus", "limit", "rows_per_step"} - setting.keys()):
-            raise ValueError(f"setting {setting.get('corpus', '?')!r} has no {name}")
-        given = {"seeds": seeds, "groups": groups} | shared | dict(setting)
-        base = RunSpec(**{name: value for name, value in given.items() if name not in PLAN})
-        found += arms(base, **{name: given[name] for name in PLAN & given.keys()})
+        base, own = read_setting(setting, PLAN, {"corpus", "limit", "rows_per_step"}, **shared)
+        found += arms(base, **({"seeds": seeds, "groups": groups} | own))
     return found
+
+
+def read_setting(
+    setting: Mapping[str, Any], own: Collection[str], required: Collection[str], **shared: Any
+) -> tuple[RunSpec, dict[str, Any]]:
+    """The run that a setting's arms vary, and what of it is no field of `RunSpec` (`own`).
+
+    shared: fields where the setting has none. Raises `ValueError` for an unknown field, listing the known ones, and for
+    one that is `required` and missing.
+    """
+    known = {*own, *(field.name for field in fields(RunSpec))}
+    for name in sorted(setting.keys() - known):
+        raise unknown_name("field of a setting", name, known)
+    for name in sorted(set(required) - setting.keys()):
+        raise ValueError(f"setting {setting.get('corpus', '?')!r} has no {name}")
+    given = shared | dict(setting)
+    base = RunSpec(**{name: value for name, value in given.items() if name not in own})
+    return base, {name: given[name] for name in set(own) & given.keys()}
 
 
 def recognised(found: Iterable[Mapping[str, Any]]) -> dict[str, Arm]:
@@ -176,8 +189,8 @@ def recognised(found: Iterable[Mapping[str, Any]]) -> dict[str, Arm]:
 # Tables
 
 
-def results(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
-    """One row an arm and seed, measured or not.
+def results(folder: Path, planned: Sequence[Arm], further: Sequence[str] = ()) -> pd.DataFrame:
+    """One row an arm and seed, measured or not. further: names of metrics that get a column, too.
 
     `Arm.names`, `seed`, `status` (of the record, or `missing`), `lr`, `batch` (batch_size, max_tokens, accumulation:
     the paper's notation), `tokens`, `seconds` (of runs that had the device to themselves), `steps`, the losses
@@ -199,7 +212,7 @@ def results(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
             "per_token": metrics.get("eval_loss_per_token", math.nan),
             "per_example": metrics.get("eval_loss_per_example", math.nan),
             "exact_match": metrics.get("exact_match", math.nan),
-        }
+        } | {name: metrics.get(name, math.nan) for name in further}
         rows.append(arm.names | row)
     return pd.DataFrame(rows)
 

@@ -58,11 +58,11 @@ RIGS: dict[str, tuple[Rig, Rig]] = {
         (
             "strategy",
             "paddin",
-            r"unknown strategy 'paddin' \(did you mean 'padding'\?\); known: dynapipe, .*trl_padding_free",
+            r"unknown strategy 'paddin' \(did you mean 'padding'\?\); known: best_fit_crop_posid, .*trl_padding_free",
         ),
         ("kernel", "sdpaa", r"unknown kernel 'sdpaa' \(did you mean 'sdpa'\?\); known: auto, .*transformers_sdpa"),
         ("dtype", "fp16", "unknown dtype 'fp16'; known: bf16_mixed, bfloat16, float32"),
-        ("overflow", "drop", "unknown overflow 'drop'; known: error, split, truncate"),
+        ("overflow", "drop", "unknown overflow 'drop'; known: cut, error, split, truncate"),
         ("loss", "prompt", "unknown loss 'prompt'.*; known: full, response"),
         ("weighting", "per_row", "unknown weighting 'per_row'.*; known: per_example, per_token"),
         ("lr_scheduler", "cosin", r"unknown lr_scheduler 'cosin' \(did you mean 'cosine'\?\)"),

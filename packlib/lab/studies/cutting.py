@@ -1,0 +1,131 @@
+"""What cutting does to a model trained from scratch: five ways to bring long examples into rows of one length.
+
+All arms take the same steps over as many tokens. They differ in where examples are cut (anywhere, every `max_tokens`
+from their beginning, once), in what is lost (nothing, all behind the first row, what a crop leaves over) and in whether
+a row begins with an example. Held-out examples are scored from their beginning, by position; what lies behind the first
+`max_tokens` is scored as pieces of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from packlib.lab import figures, tables
+from packlib.lab.figures import Picture
+from packlib.lab.runs import experiment
+from packlib.lab.studies.convergence import MULTIPACK, POSID, Arm, differences, read_setting, results, tell
+
+OWN = {"rows_per_step", "seeds"}
+RANDOM, CROP = "random_packing_posid", "best_fit_crop_posid"
+WAYS = {  # strategy, how overlong examples are handed to it, and what it is called
+    "cut anywhere": (POSID, "cut"),
+    "split, random rows": (RANDOM, "split"),
+    "split, best fit": (MULTIPACK, "split"),
+    "truncated, best fit": (MULTIPACK, "truncate"),
+    "begin with an example, crop the last": (CROP, "cut"),
+}
+FURTHER = ("eval_tokens", "eval_loss_longest", "eval_loss_per_token_rest", "eval_tokens_rest")
+VALUES = {
+    "every token": "every",
+    "first rows": "per_token",
+    "first rows of long ones": "eval_loss_longest",
+    "behind the first row": "eval_loss_per_token_rest",
+}
+BASE = "split, best fit"
+
+
+def arms(settings: Sequence[Mapping[str, Any]], **shared: Any) -> list[Arm]:
+    """WAYS for every seed. settings: mappings of `corpus, steps, rows_per_step, seeds` and fields of `RunSpec`.
+
+    >>> setting = {"corpus": "pysource", "steps": 8, "rows_per_step": 4, "max_tokens": 256, "eval_examples": 8}
+    >>> [(arm.variant, arm.spec.overflow) for arm in arms([setting | {"seeds": [0]}])][0]
+    ('cut anywhere', 'cut')
+    """
+    found = []
+    for setting in settings:
+        base, own = read_setting(setting, OWN, OWN | {"corpus", "steps"}, **shared)
+        rows = replace(base, batch_size=own["rows_per_step"], gradient_accumulation=1, eval_every=base.steps)
+        found += [
+            Arm(strategy, variant, replace(rows, strategy=strategy, overflow=overflow, seed=seed))
+            for seed in own["seeds"]
+            for variant, (strategy, overflow) in WAYS.items()
+        ]
+    return found
+
+
+def measured(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
+    """`convergence.results` with what is scored here, in nats per token, and `lost`, the share of tokens in no row.
+
+    `arm` is the way alone; `every` weighs the first max_tokens of the held-out examples and what lies behind them.
+    """
+    found = results(folder, planned, FURTHER)
+    lost = []
+    for arm in planned:
+        plan = (experiment.find(arm.spec, folder) or {}).get("plan") or {}
+        total = plan.get("lost_tokens", 0) + plan.get("real_tokens", 0)
+        lost.append(plan["lost_tokens"] / total if total else float("nan"))
+    tokens, rest = found["eval_tokens"], found["eval_tokens_rest"].fillna(0)
+    every = tokens * found["per_token"] + rest * found["eval_loss_per_token_rest"].fillna(0)
+    return found.assign(arm=found["variant"], lost=lost, every=every / (tokens + rest))
+
+
+def positions(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
+    """Loss by position: `corpus, arm, strategy, seed, position` (the first of its octave)`, loss` in nats per token."""
+    rows = []
+    for arm in planned:
+        metrics = (experiment.find(arm.spec, folder) or {}).get("metrics") or {}
+        for position, loss, _ in metrics.get("eval_loss_by_position", []):
+            names = arm.names | {"arm": arm.variant, "seed": arm.spec.seed}
+            rows.append(names | {"position": position, "loss": loss})
+    return pd.DataFrame(rows, columns=["corpus", "arm", "strategy", "seed", "position", "loss"])
+
+
+def overview(found: pd.DataFrame) -> pd.DataFrame:
+    """Of one corpus: tokens, share lost, and the losses of VALUES with their intervals, an arm a row."""
+    rows = {}
+    for arm, runs in found[found["status"] == "ok"].groupby("arm", sort=False):
+        row = {"tokens": runs["tokens"].mean(), "lost": runs["lost"].mean(), "seeds": len(runs)}
+        for name, value in VALUES.items():
+            mean = tables.mean_interval(runs[value].dropna())
+            row[name], row[f"{name} ±"] = mean.mean, mean.high - mean.mean
+        rows[arm] = row
+    return pd.DataFrame(rows).T
+
+
+def position_curves(table: pd.DataFrame, corpus: str) -> Picture:
+    """Loss by position minus that of BASE, seed by seed: mean and range of each way."""
+    alt = f"Loss by position in the example on {corpus}, each way of cutting minus “{BASE}”"
+    drawn, (ax,) = figures.new(9, 4.6, alt)
+    base = table[table["arm"] == BASE].set_index(["seed", "position"])["loss"]
+    for arm, runs in table[table["arm"] != BASE].groupby("arm", sort=False):
+        gap = (runs.set_index(["seed", "position"])["loss"] - base).dropna().groupby("position")
+        color, _, marker = figures.style(runs["strategy"].iloc[0])
+        dashes = "--" if "truncated" in arm else "-"
+        ax.plot(gap.mean().index, gap.mean(), color=color, marker=marker, linestyle=dashes, label=arm)
+        ax.fill_between(gap.mean().index, gap.min(), gap.max(), color=color, alpha=0.12, linewidth=0)
+    ax.axhline(0, color="black", linewidth=1)
+    figures.log2_axis(ax)
+    ax.set(xlabel="position in the example, tokens (octaves)", ylabel=f"loss minus “{BASE}” (nats per token)")
+    ax.legend()
+    return figures.head(drawn, f"{corpus}: where in an example cutting is paid")
+
+
+def findings(found: pd.DataFrame, corpus: str) -> list[str]:
+    """The best way for each of VALUES, and how the others differ from BASE: sentences of one corpus."""
+    said = []
+    ok = found[found["status"] == "ok"]
+    for name, value in VALUES.items():
+        losses = ok.dropna(subset=value).groupby("arm", sort=False)[value].mean()
+        if len(losses) < 2 or BASE not in losses:
+            continue
+        told = [f"{row['label']} {tell(row)}" for row in differences(ok, BASE, value).to_dict("records")]
+        said.append(
+            f"{corpus}, {name}: “{losses.idxmin()}” has the lowest loss ({losses.min():.4f} nats); against “{BASE}”: "
+            f"{'; '.join(told)}."
+        )
+    return said

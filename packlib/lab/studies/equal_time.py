@@ -1,0 +1,301 @@
+"""Which strategy has the lowest loss after so many seconds of GPU? Losses of real runs, on the clock of a given rig.
+
+A run's losses depend on its steps, its seconds on the rig. So arms are trained once (several at a time, where only
+losses count) and dated by a clock: seconds of a step = per_step + per_slot × slots, fitted to runs that had a device
+alone. Every arm has its own learning rate, the best of a grid on a seed that is not reported, judged at equal time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import nnls
+
+from packlib.lab import figures, records, tables
+from packlib.lab.figures import Picture
+from packlib.lab.runs import experiment
+from packlib.lab.runs.spec import Rig, RunSpec
+from packlib.lab.strategies import STRATEGIES
+from packlib.lab.studies.convergence import EXAMPLES, MULTIPACK, POSID, STEPS, Arm, read_setting, tell
+
+MIXED = "best_fit_posid"
+OWN = {"rows_per_step", "seeds", "pick_seed", "rates", "all_steps"}
+EVALUATIONS = 6  # of a run, the end included
+WHOLE, UNTUNED = "full batches", "full batches, padding's rate"
+KEYS = {  # strategy and variant of what `all_steps` names
+    "padding": ("padding", ""),
+    "group_by_length": ("group_by_length", ""),
+    "minibatch_packing": ("minibatch_packing", ""),
+    "multipack": (MULTIPACK, WHOLE),
+    "constant examples": (MULTIPACK, EXAMPLES),
+    "fixed length": (POSID, WHOLE),
+    "mixed rows": (MIXED, STEPS),
+}
+PADDING = "Padding"
+
+
+def grid_arms(settings: Sequence[Mapping[str, Any]], **shared: Any) -> list[Arm]:
+    """Every arm at every rate, on the seed that is not reported.
+
+    settings: mappings of `corpus, limit, rates, pick_seed, seeds`, `rows_per_step` (rows with about a step's examples),
+    `all_steps` (a key of KEYS: steps, enough to fill padding's time) and fields of `RunSpec`. shared: such fields,
+    where a setting has none.
+
+    >>> setting = {"corpus": "pydocs", "limit": 80, "batch_size": 8, "rows_per_step": 2, "eval_examples": 8}
+    >>> setting |= {"rates": [1e-3, 2e-3], "pick_seed": 9, "seeds": [0], "all_steps": {"padding": 10, "multipack": 5}}
+    >>> [(arm.label, arm.spec.steps, arm.spec.learning_rate) for arm in grid_arms([setting])][2:]
+    [('Multipack + PosID, full batches', 5, 0.001), ('Multipack + PosID, full batches', 5, 0.002)]
+    """
+    return [
+        Arm(arm.strategy, arm.variant, replace(arm.spec, seed=own["pick_seed"], learning_rate=rate))
+        for setting in settings
+        for base, own in [_read(setting, shared)]
+        for arm in _arms(base, own)
+        for rate in own["rates"]
+    ]
+
+
+def reported_arms(settings: Sequence[Mapping[str, Any]], folder: Path, clock: Clock, **shared: Any) -> list[Arm]:
+    """Every arm whose grid is complete in `folder`, at its best rate by `clock`; multipack at padding's, too."""
+    best = best_rates(folder, grid_arms(settings, **shared), clock)
+    found = []
+    for base, own in (_read(setting, shared) for setting in settings):
+        corpus = tables.short(base.corpus)
+        for seed in own["seeds"]:
+            for arm in _arms(base, own):
+                variants = {arm.variant: best.get((corpus, arm.label))}
+                of_padding = best.get((corpus, PADDING))
+                if (arm.strategy, arm.variant) == KEYS["multipack"] and of_padding != variants[arm.variant]:
+                    variants[UNTUNED] = of_padding
+                found += [
+                    Arm(arm.strategy, variant, replace(arm.spec, seed=seed, learning_rate=rate))
+                    for variant, rate in variants.items()
+                    if rate
+                ]
+    return found
+
+
+def _read(setting: Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[RunSpec, dict[str, Any]]:
+    base, own = read_setting(setting, OWN, OWN | {"corpus", "limit"}, **shared)
+    if unknown := own["all_steps"].keys() - KEYS.keys():
+        raise ValueError(f"all_steps names {sorted(unknown)}; expected some of {', '.join(KEYS)}")
+    if own["pick_seed"] in own["seeds"]:
+        raise ValueError(f"pick_seed = {own['pick_seed']} is among seeds = {own['seeds']}; expected a seed of its own")
+    return base, own
+
+
+def _arms(base: RunSpec, own: Mapping[str, Any]) -> list[Arm]:
+    """One arm a key of `all_steps`, at base's seed and rate."""
+    examples = base.batch_size * base.gradient_accumulation
+    changes = {
+        "constant examples": {"batch_size": 1, "gradient_accumulation": 1, "examples_per_step": examples},
+        "mixed rows": {"batch_size": own["rows_per_step"], "gradient_accumulation": 1},
+    }
+    found = []
+    for key, (strategy, variant) in KEYS.items():
+        if steps := own["all_steps"].get(key):
+            every = math.ceil(steps / EVALUATIONS)
+            spec = replace(base, strategy=strategy, steps=steps, eval_every=every, **changes.get(key, {}))
+            found.append(Arm(strategy, variant, spec))
+    return found
+
+
+# Clocks
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds of a step: `per_step` + `per_slot` × slots. runs: that it was fitted to; error: of their mean steps."""
+
+    label: str
+    per_step: float
+    per_slot: float
+    runs: int
+    error: float
+
+    @property
+    def said(self) -> str:
+        """The clock in a sentence."""
+        costs = f"{1e3 * self.per_step:.3g} ms a step and {1e6 * self.per_slot:.3g} µs a slot"
+        return f"{self.label}: {costs} ({self.runs} runs that had the device alone, within {self.error:.0%})"
+
+
+def fit_clock(found: Iterable[Mapping[str, Any]], label: str, rig: Mapping[str, Any] | None = None) -> Clock | None:
+    """A clock of the records among `found` that had the device alone; None for fewer than two of them.
+
+    rig: values that fields of their rig must have. Mean step after warm-up against its mean slots, least squares on
+    relative errors, no cost below 0.
+    """
+    points = []
+    for record in found:
+        strategy = STRATEGIES.get(record["spec"].get("strategy", ""))
+        if record["status"] != "ok" or strategy is None or strategy.trl or not records.had_device_alone(record):
+            continue
+        if record["spec"].get("kernel") == "transformers_sdpa":  # builds masks, and is nobody's way to pad
+            continue
+        of_run = asdict(Rig(**record["spec"].get("rig", {})))
+        if all(of_run[name] == value for name, value in (rig or {}).items()):
+            warm = min(record["spec"].get("warmup_steps", 0), len(record["trace"]["step"]) - 1)
+            seconds, slots = (np.diff(record["trace"][name], prepend=0)[warm:].mean() for name in ("seconds", "slots"))
+            points.append((seconds, slots))
+    if len(points) < 2:
+        return None
+    seconds, slots = np.array(points).T
+    features = np.column_stack([np.ones(len(slots)), slots]) / seconds[:, None]
+    scale = features.max(axis=0)
+    costs = nnls(features / scale, np.ones(len(slots)))[0] / scale
+    error = float(np.abs(features @ costs - 1).max())
+    return Clock(label, float(costs[0]), float(costs[1]), len(points), error)
+
+
+def clocks(named: Sequence[Mapping[str, Any]], folder: Path, planned: Sequence[Arm]) -> list[Clock]:
+    """The clocks that a notebook names, those that can be fitted; without a name, that of the study's own runs.
+
+    named: mappings of `label`, `run` (a run folder with records of 06 or 08), `model`, perhaps `rig`.
+    """
+    if not named:
+        own = [record for arm in planned if (record := experiment.find(arm.spec, folder))]
+        found = [fit_clock(own, "this run's own steps")]
+    else:
+        found = [
+            fit_clock(
+                (r for r in records.read_records(records.run_folder(one["run"], create=False)) if _of(r, one["model"])),
+                one["label"],
+                one.get("rig"),
+            )
+            for one in named
+        ]
+    return [clock for clock in found if clock]
+
+
+def _of(record: Mapping[str, Any], model: str) -> bool:
+    return record["spec"].get("model") == model
+
+
+# Tables
+
+
+def curves(folder: Path, planned: Sequence[Arm], clock: Clock) -> pd.DataFrame:
+    """Every evaluation of every measured run: `Arm.names, seed, lr, step, seconds` (by the clock)`, loss` per token."""
+    rows = []
+    for arm in planned:
+        record = experiment.find(arm.spec, folder)
+        if not record or record["status"] != "ok":
+            continue
+        trace = record["trace"]
+        seen = {one["step"]: one["eval_loss_per_token"] for one in trace["evaluations"]}
+        seen[trace["step"][-1]] = record["metrics"]["eval_loss_per_token"]
+        for step, loss in sorted(seen.items()):
+            seconds = clock.per_step * step + clock.per_slot * trace["slots"][step - 1]
+            run = {"seed": arm.spec.seed, "lr": arm.spec.learning_rate, "step": step, "seconds": seconds, "loss": loss}
+            rows.append(arm.names | run)
+    return pd.DataFrame(rows, columns=[*_NAMES, "seed", "lr", "step", "seconds", "loss"])
+
+
+_NAMES = ("corpus", "arm", "strategy", "variant", "spec_id")
+
+
+def at_equal_time(curve: pd.DataFrame) -> tuple[float, pd.DataFrame]:
+    """Of one corpus: the seconds that every run fills, and each run's loss then, between two evaluations linearly.
+
+    Returns (seconds, a row a run: `arm, strategy, variant, seed, lr, loss, step`).
+    """
+    end = float(curve.groupby("spec_id")["seconds"].max().min())
+    rows = []
+    for _, run in curve.groupby("spec_id", sort=False):
+        names = run.iloc[0][["arm", "strategy", "variant", "seed", "lr"]].to_dict()
+        at = {name: float(np.interp(end, run["seconds"], run[name])) for name in ("loss", "step")}
+        rows.append(names | at)
+    return end, pd.DataFrame(rows)
+
+
+def best_rates(folder: Path, grid: Sequence[Arm], clock: Clock) -> dict[tuple[str, str], float]:
+    """(corpus, arm) -> its rate with the lowest loss at equal time, of arms whose whole grid has been run.
+
+    A run that failed (a loss that is no number) loses.
+    """
+    curve = curves(folder, grid, clock)
+    tried = {arm.spec.spec_id for arm in grid if experiment.find(arm.spec, folder)}
+    whole: dict[tuple[str, str], bool] = {}
+    for arm in grid:
+        place = tables.short(arm.spec.corpus), arm.label
+        whole[place] = whole.get(place, True) and arm.spec.spec_id in tried
+    best = {}
+    for corpus, runs in curve.groupby("corpus", sort=False):
+        _, then = at_equal_time(runs)
+        for arm, rates in then.groupby("arm", sort=False):
+            if whole[corpus, arm]:
+                best[corpus, arm] = float(rates.loc[rates["loss"].idxmin(), "lr"])
+    return best
+
+
+def at_edge(best: Mapping[tuple[str, str], float], grid: Sequence[Arm]) -> list[str]:
+    """Arms whose best rate is the smallest or largest of their grid, in words: a better one may lie beyond."""
+    rates: dict[tuple[str, str], set[float]] = {}
+    for arm in grid:
+        rates.setdefault((tables.short(arm.spec.corpus), arm.label), set()).add(arm.spec.learning_rate)
+    return [
+        f"{corpus}, {arm}: the best rate, {rate:g}, is at the edge of its grid."
+        for (corpus, arm), rate in best.items()
+        if rate in (min(rates[corpus, arm]), max(rates[corpus, arm]))
+    ]
+
+
+def standing(curve: pd.DataFrame) -> pd.DataFrame:
+    """Of one corpus and clock, the best first: `loss, step, lr, seeds`, and the difference to padding, `low, high`."""
+    _, then = at_equal_time(curve)
+    gaps = tables.paired_differences(then, "loss", base=PADDING, arm="arm")
+    gaps = gaps.set_index("label") if len(gaps) else gaps
+    rows = {}
+    for arm, runs in then.groupby("arm", sort=False):
+        row = {name: runs[name].mean() for name in ("loss", "step", "lr")} | {"seeds": len(runs)}
+        if arm in gaps.index:
+            row |= gaps.loc[arm, ["difference", "low", "high"]].to_dict()
+        rows[arm] = row
+    return pd.DataFrame(rows).T.sort_values("loss")
+
+
+# Figure and findings
+
+
+def figure(by_clock: Mapping[str, pd.DataFrame], corpus: str) -> Picture:
+    """Loss after so many seconds: a panel a clock (label: `curves` of one corpus), a line an arm with its range."""
+    alt = f"Validation loss on {corpus} against seconds of GPU time, one line an arm, a panel a clock"
+    drawn, axes = figures.new(5.4 * len(by_clock) + 4, 4.8, alt, len(by_clock), sharey=True)
+    for ax, (label, curve) in zip(axes, by_clock.items()):
+        end, _ = at_equal_time(curve)
+        for arm, runs in curve.groupby("arm", sort=False):
+            color, _, marker = figures.style(runs["strategy"].iloc[0])
+            line = {EXAMPLES: ":", UNTUNED: "--"}.get(runs["variant"].iloc[0], "-")
+            by_step = runs.groupby("step")
+            x = by_step["seconds"].mean()
+            ax.plot(x, by_step["loss"].mean(), color=color, marker=marker, linestyle=line, markersize=6, label=arm)
+            ax.fill_between(x, by_step["loss"].min(), by_step["loss"].max(), color=color, alpha=0.12, linewidth=0)
+        ax.axvline(end, color="0.4", linewidth=1)
+        ax.set(title=label, xlabel="seconds of training")
+    axes[0].set_ylabel("validation loss (nats per token)")
+    axes[-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")
+    return figures.head(drawn, f"{corpus}: loss after so many seconds")
+
+
+def finding(curve: pd.DataFrame, corpus: str, clock: Clock) -> str:
+    """Who has the lowest loss at equal time, by how much, with intervals, in one sentence."""
+    end, then = at_equal_time(curve)
+    order = then.groupby("arm")["loss"].mean().sort_values()
+    if len(order) < 2:
+        return f"{corpus}: fewer than two arms have runs to compare at equal time."
+    first, second = order.index[:2]
+    gap = tables.paired_differences(then, "loss", base=second, arm="arm").set_index("label").loc[first]
+    won = "has" if gap["high"] < 0 else "has, undecided,"
+    said = f"{corpus}, {clock.label}: after {end:.3g} s “{first}” {won} the lowest loss, {order.iloc[0]:.4f} nats: "
+    said += f"{tell(gap)} against “{second}”"
+    if PADDING in order.index and PADDING not in (first, second):
+        to_padding = tables.paired_differences(then, "loss", base=PADDING, arm="arm").set_index("label").loc[first]
+        said += f", {tell(to_padding)} against padding"
+    return f"{said}."

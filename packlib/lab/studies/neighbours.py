@@ -1,0 +1,100 @@
+"""When a neighbour's text helps: related examples beside each other, or random ones, with boundaries and without.
+
+Fixed-length rows, so that all four arms have the same steps and tokens. `order="neighbours"` runs the stream through
+examples that are alike (TF-IDF) and shuffles the rows; the arms with boundaries say what being together in a step does
+by itself. Held-out examples are scored alone, and behind training examples like them: what a model trained on related
+rows might have learned to use (2402.13991, 2408.09327, 2512.14427).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from packlib.lab import figures
+from packlib.lab.figures import Picture
+from packlib.lab.studies.convergence import (
+    EQUAL,
+    FIXED,
+    NEGLIGIBLE,
+    POSID,
+    STEPS,
+    Arm,
+    arm_label,
+    differences,
+    read_setting,
+    tell,
+)
+
+OWN = {"rows_per_step", "seeds"}
+RELATED = f"{STEPS}, neighbours"
+FURTHER = ("eval_loss_per_token_in_context", "exact_match_in_context")
+VALUES = {"alone": "per_token", "in context": FURTHER[0]}
+PAIRS = {
+    "No boundaries, random neighbours": ((FIXED, STEPS), (POSID, STEPS)),
+    "No boundaries, related neighbours": ((FIXED, RELATED), (POSID, RELATED)),
+    "Related for random neighbours, no boundaries": ((FIXED, RELATED), (FIXED, STEPS)),
+    "Related for random neighbours, boundaries": ((POSID, RELATED), (POSID, STEPS)),
+}
+
+
+def arms(settings: Sequence[Mapping[str, Any]], **shared: Any) -> list[Arm]:
+    """Four arms a seed: random or related neighbours, without boundaries and with.
+
+    settings: mappings of `corpus, limit, rows_per_step, seeds` and fields of `RunSpec`; `eval_context` says how many
+    examples stand before a held-out one. shared: such fields, where a setting has none.
+
+    >>> setting = {"corpus": "arithmetic", "loss": "response", "limit": 80, "batch_size": 8, "rows_per_step": 2}
+    >>> [arm.spec.order for arm in arms([setting | {"seeds": [0], "eval_examples": 8}])]
+    ['planned', 'planned', 'neighbours', 'neighbours']
+    """
+    found = []
+    for setting in settings:
+        base, own = read_setting(setting, OWN, OWN | {"corpus", "limit"}, **shared)
+        steps = math.ceil((base.limit or 1) / (base.batch_size * base.gradient_accumulation))
+        equal = replace(base, batch_size=own["rows_per_step"], gradient_accumulation=1, steps=steps, eval_every=steps)
+        for seed in own["seeds"]:
+            for variant, order in ((STEPS, "planned"), (RELATED, "neighbours")):
+                found += [
+                    Arm(name, variant, replace(equal, strategy=name, seed=seed, order=order)) for name in (FIXED, POSID)
+                ]
+    return found
+
+
+def effects(found: pd.DataFrame) -> pd.DataFrame:
+    """PAIRS on one corpus, held-out examples alone and in context: rows of `convergence.differences`, and `where`."""
+    rows = []
+    for label, (changed, base) in PAIRS.items():
+        runs = found[found["arm"].isin([arm_label(*changed), arm_label(*base)])]
+        for where, value in VALUES.items():
+            for row in differences(runs, arm_label(*base), value).to_dict("records"):
+                rows.append(row | {"label": f"{label}, {where}", "pair": label, "where": where})
+    return pd.DataFrame(rows)
+
+
+def figure(found: pd.DataFrame, corpus: str) -> Picture:
+    """`effects` as intervals."""
+    drawn = figures.forest(effects(found), f"{corpus}: when a neighbour helps", "difference of validation loss")
+    drawn.alt = f"Differences of validation loss on {corpus} between rows with related and random neighbours"
+    return drawn
+
+
+def findings(found: pd.DataFrame, corpus: str) -> list[str]:
+    """Whether rows without boundaries cost, by which neighbours they have and how it is asked: one sentence a pair."""
+    return [f"{corpus}: {row['label']}: {_verdict(row)}." for row in effects(found).to_dict("records")]
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["n"] < 2:
+        return f"{tell(row)}; measure more seeds"
+    if row["low"] > 0 and row["difference"] > NEGLIGIBLE:
+        return f"a cost, {tell(row)}"
+    if row["high"] < 0 and row["difference"] < -NEGLIGIBLE:
+        return f"a gain, {tell(row)}"
+    if max(abs(row["low"]), abs(row["high"])) < EQUAL:
+        return f"the same within {EQUAL} nats, {tell(row)}"
+    return f"undecided, {tell(row)}"

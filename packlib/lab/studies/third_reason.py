@@ -1,0 +1,190 @@
+"""Why whole examples in full rows lose at equal steps: arms that take one suspected cause away each.
+
+Sorted packing (best fit decreasing, multipack) differs from mini-batches in more than its fill: a row holds examples of
+about one length, so that steps are all long or all short (which examples share a step); it holds two of them or thirty
+(how many); an example in a row of thirty weighs less than one in a row of two (weight); a learning rate may suit its
+steps less (rate, and whether it decays); and its long rows come whenever they come (order). The gap to mini-batches is
+measured with all of these, then without one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from packlib.lab import figures, tables
+from packlib.lab.figures import Picture
+from packlib.lab.runs.spec import RunSpec
+from packlib.lab.studies.convergence import (
+    AVERAGES,
+    EXAMPLES,
+    MULTIPACK,
+    STEPS,
+    Arm,
+    arm_label,
+    read_setting,
+    tell,
+)
+
+MINI, MIXED, BY_LENGTH = "minibatch_packing", "best_fit_posid", "group_by_length"
+FIRST, LAST = f"{STEPS}, long rows first", f"{STEPS}, long rows last"
+PER_EXAMPLE, LONGALIGN, DECAY, RATE = "weights per example", "LongAlign's weights", "linear decay", "lr × 2"
+OWN = {"rows_per_step", "seeds", "further_seeds"}
+NAMED = 0.8  # share of the gap that an arm must take away to be called its cause
+
+
+class Suspect(NamedTuple):
+    """What a pair of arms (strategy, variant) leaves of the gap, and which cause it goes without."""
+
+    label: str
+    changed: tuple[str, str]
+    base: tuple[str, str]
+
+
+MINIBATCHES = (MINI, "")
+GAP = Suspect("Sorted packing, as it is", (MULTIPACK, STEPS), MINIBATCHES)
+SUSPECTS = [
+    GAP,
+    Suspect("Mixed rows, as full (which examples, and how many)", (MIXED, STEPS), MINIBATCHES),
+    Suspect("Sorted rows, constant examples (how many)", (MULTIPACK, EXAMPLES), MINIBATCHES),
+    Suspect("Mini-batches by length (adds: which examples)", (BY_LENGTH, ""), MINIBATCHES),
+    Suspect("Every example weighs alike in its step", (MULTIPACK, f"{STEPS}, {PER_EXAMPLE}"), (MINI, PER_EXAMPLE)),
+    Suspect("Every example weighs alike in all steps", (MULTIPACK, f"{STEPS}, {LONGALIGN}"), (MINI, PER_EXAMPLE)),
+    Suspect("Learning rate decays to 0", (MULTIPACK, f"{STEPS}, {DECAY}"), (MINI, DECAY)),
+    Suspect("Learning rate × 2", (MULTIPACK, f"{STEPS}, {RATE}"), (MINI, RATE)),
+    Suspect("Long rows first", (MULTIPACK, FIRST), MINIBATCHES),
+    Suspect("Long rows last", (MULTIPACK, LAST), MINIBATCHES),
+]
+
+
+def arms(settings: Sequence[Mapping[str, Any]], **shared: Any) -> list[Arm]:
+    """The arms of each setting: those of the gap and of its repair for `seeds`, all others for `further_seeds`.
+
+    settings: mappings of `corpus, limit, rows_per_step, seeds, further_seeds` and fields of `RunSpec`. shared: such
+    fields, where a setting has none.
+
+    >>> setting = {"corpus": "pydocs", "limit": 80, "batch_size": 8, "rows_per_step": 2, "eval_examples": 8}
+    >>> found = arms([setting | {"seeds": [0, 1], "further_seeds": [0]}])
+    >>> len(found), found[1].label, found[1].spec.steps
+    (16, 'Multipack + PosID, equal steps', 10)
+    """
+    found = []
+    for setting in settings:
+        base, own = read_setting(setting, OWN, OWN | {"corpus", "limit"}, **shared)
+        key, further = _variants(base, own["rows_per_step"])
+        for names, seeds in ((key, own["seeds"]), (further, own["further_seeds"])):
+            found += [
+                Arm(strategy, variant, replace(base, strategy=strategy, seed=seed, **changes))
+                for seed in seeds
+                for (strategy, variant), changes in names.items()
+            ]
+    return found
+
+
+Changes = dict[tuple[str, str], dict[str, Any]]
+
+
+def _variants(base: RunSpec, rows_per_step: int) -> tuple[Changes, Changes]:
+    """(strategy, variant) -> the fields that differ from base: of the gap and its repair, and of all others."""
+    if base.limit is None:
+        raise ValueError("limit = None; expected the number of training examples: the steps of the arms follow from it")
+    examples = base.batch_size * base.gradient_accumulation
+    steps = math.ceil(base.limit / examples)
+    every = {"eval_every": math.ceil(steps / 2)}
+    full = every | {"batch_size": rows_per_step, "gradient_accumulation": 1, "steps": steps}
+    constant = every | {"batch_size": 1, "gradient_accumulation": 1, "examples_per_step": examples}
+    key: Changes = {(MINI, ""): every, (MULTIPACK, STEPS): full, (MIXED, STEPS): full}
+    further: Changes = {
+        (MULTIPACK, EXAMPLES): constant,
+        (BY_LENGTH, ""): every,
+        (MULTIPACK, FIRST): full | {"order": "long_first"},
+        (MULTIPACK, LAST): full | {"order": "long_last"},
+        (MULTIPACK, f"{STEPS}, {LONGALIGN}"): full | {"weighting": "longalign"},
+    }
+    conditions: dict[str, dict[str, Any]] = {
+        DECAY: {"lr_scheduler": "linear"},
+        RATE: {"learning_rate": 2 * base.learning_rate},
+        PER_EXAMPLE: {"weighting": "per_example"},
+    }
+    for name, changes in conditions.items():
+        further[MINI, name] = every | changes
+        further[MULTIPACK, f"{STEPS}, {name}"] = full | changes
+    further[MIXED, f"{STEPS}, {DECAY}"] = full | conditions[DECAY]
+    return key, further
+
+
+def gaps(found: pd.DataFrame, value: str = "per_token") -> pd.DataFrame:
+    """What each of SUSPECTS leaves of the gap on one corpus, and takes of it, both paired by seed.
+
+    found: `convergence.results` of one corpus. value: `per_token` or `per_example`. Returns a row a pair that was
+    measured: `label, strategy, difference, low, high, standard_errors, n` in nats, as `tables.paired_differences`;
+    `taken, taken_low, taken_high` of the gap, in nats; `share` of it.
+    """
+    loss = found[found["status"] == "ok"].pivot_table(index="seed", columns="arm", values=value)
+    gap, rows = _by_seed(loss, GAP), []
+    for suspect in SUSPECTS:
+        by_seed = _by_seed(loss, suspect)
+        if not len(by_seed):
+            continue
+        mean = tables.mean_interval(by_seed)
+        row = {"label": suspect.label, "strategy": suspect.changed[0], "difference": mean.mean, "low": mean.low}
+        row |= {"high": mean.high, "standard_errors": mean.standard_errors, "n": len(by_seed)}
+        common = gap.index.intersection(by_seed.index)
+        if suspect is not GAP and len(common):
+            taken = tables.mean_interval(gap[common] - by_seed[common])
+            row |= {"taken": taken.mean, "taken_low": taken.low, "taken_high": taken.high}
+            row["share"] = taken.mean / gap[common].mean()
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _by_seed(loss: pd.DataFrame, suspect: Suspect) -> pd.Series:
+    changed, base = arm_label(*suspect.changed), arm_label(*suspect.base)
+    if not {changed, base} <= set(loss):
+        return pd.Series(dtype=float)
+    return (loss[changed] - loss[base]).dropna()
+
+
+def figure(found: pd.DataFrame, corpus: str) -> Picture:
+    """`gaps` as intervals, per token and per example, of one corpus."""
+    rows = []
+    for name, value in AVERAGES.items():
+        table = gaps(found, value)
+        rows.append(table.assign(label=table["label"] + f", {name}"))
+    table = pd.concat(rows).sort_index(kind="stable")
+    drawn = figures.forest(table, f"{corpus}: what is left without each cause", "validation loss minus mini-batches'")
+    drawn.alt = f"What is left of the difference between sorted packing and mini-batches on {corpus}, cause by cause"
+    return drawn
+
+
+def findings(found: pd.DataFrame, corpus: str) -> list[str]:
+    """The gap, which arms take it away, and which are ruled out: sentences for one corpus."""
+    said = []
+    for name, value in AVERAGES.items():
+        table = gaps(found, value)
+        if not len(table) or table["label"].iloc[0] != GAP.label:
+            continue
+        rows = table.to_dict("records")
+        gap = rows[0]
+        said.append(f"{corpus}, {name}: sorted packing against mini-batches at equal steps: {tell(gap)}.")
+        if not gap["low"] > 0:
+            said.append(f"{corpus}, {name}: the interval of the gap holds 0 (or has one seed), so no cause is named.")
+            continue
+        said += [f"{corpus}, {name}: {_verdict(row)}" for row in rows[1:]]
+    return said
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    took = f"“{row['label']}” takes {row['share']:.0%} of the gap away ({row['taken']:+z.4f} nats, "
+    took += f"95 % interval {row['taken_low']:+z.4f} to {row['taken_high']:+z.4f}); left: {tell(row)}"
+    if row["taken_low"] > 0:
+        return f"{took}: {'it is the cause' if row['share'] >= NAMED else 'a part of the cause'}."
+    if row["taken_high"] < 0:
+        return f"{took}: it makes the gap wider."
+    if row["low"] > 0:
+        return f"{took}: ruled out as the whole cause, a gap remains without it."
+    return f"{took}: undecided."
