@@ -1,6 +1,7 @@
 """What every test gets: the same environment whoever calls, one thread a process, and nothing left running."""
 
 import os
+import sys
 
 import pytest
 
@@ -9,6 +10,7 @@ from tests import processes
 # Set before anything is imported, and inherited by processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"  # models are tiny, and pytest-xdist uses the cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; what asks for it fails at once and does not wait
+sys.modules["rfc3987_syntax"] = None  # jsonschema would compile its grammar, 3 s a process; no notebook has an IRI
 for name in ("PACKLIB_DATA", "PACKLIB_UNTIL", "PACKLIB_CONCURRENT_RUNS", "PACKLIB_GIT_SHA"):
     os.environ.pop(name, None)
 

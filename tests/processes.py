@@ -8,8 +8,8 @@ from pathlib import Path
 import psutil
 
 _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
-# Servers of multiprocessing: they stay for the next test, and end with this process.
-_SERVERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
+# Servers of multiprocessing: they stay for the next test, and end with this process. What the first one forks does not.
+_FORKSERVER, _TRACKER = "multiprocessing.forkserver", "multiprocessing.resource_tracker"
 
 
 def adopt_orphans() -> None:
@@ -45,7 +45,9 @@ def _still_runs(process: psutil.Process) -> bool:
         if process.status() == psutil.STATUS_ZOMBIE:
             os.waitpid(process.pid, os.WNOHANG)  # adopted, and ended: nobody else will ask
             return False
-        return not any(server in " ".join(process.cmdline()) for server in _SERVERS)
+        command, parent = " ".join(process.cmdline()), process.parent()
+        forked = _FORKSERVER in command and parent is not None and _FORKSERVER in " ".join(parent.cmdline())
+        return forked or not (_FORKSERVER in command or _TRACKER in command)
     return False
 
 

@@ -32,6 +32,7 @@ from packlib.lab import records
 from packlib.lab.data import published
 from packlib.lab.data.corpora import DATA
 from packlib.lab.pages.freshness import Freshness
+from packlib.lab.pages.kernel import ForkedKernelManager
 from packlib.lab.pages.notebook import alarm
 from packlib.lab.pages.progress import Progress, heard
 from packlib.lab.pages.ranges import check_ranges
@@ -152,7 +153,7 @@ def _papermill(
     kernels: list[AsyncKernelManager] = []
     ended: list[BaseException | None] = []
 
-    class Manager(AsyncKernelManager):
+    class Manager(ForkedKernelManager):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             kernels.append(self)

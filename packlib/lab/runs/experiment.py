@@ -12,9 +12,7 @@ them.
 
 from __future__ import annotations
 
-import gc
 import logging
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -29,6 +27,7 @@ import pandas as pd
 
 from packlib.lab import records
 from packlib.lab.data.corpora import content_sha256
+from packlib.lab.runs import forked
 from packlib.lab.runs.spec import RunSpec
 
 logger = logging.getLogger(__name__)
@@ -135,11 +134,8 @@ def _died(code: int) -> tuple[str, str]:
 
 
 def _fork(spec: RunSpec, run_id: str, folder: Path, progress: Progress) -> int:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["packlib.lab.runs.preload"])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(spec, run_id, folder, sender), daemon=True)
-    process.start()
+    receiver, sender = forked.context.Pipe(duplex=False)
+    process = forked.start(_child, spec, run_id, folder, sender, preload="packlib.lab.runs.preload", daemon=True)
     sender.close()
     try:
         while True:
@@ -159,9 +155,6 @@ def _fork(spec: RunSpec, run_id: str, folder: Path, progress: Progress) -> int:
 def _child(spec: RunSpec, run_id: str, folder: Path, sender: Any) -> None:
     from packlib.lab.runs import worker
 
-    gc.freeze()  # what the server imported is no garbage: looking at it again takes 0.2 s, and copies its pages
-    if parent := multiprocessing.parent_process():
-        worker.end_when(parent.join)
     worker.execute(spec, run_id, folder, sender.send)
 
 

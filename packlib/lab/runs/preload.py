@@ -4,12 +4,7 @@ Without torchao: where it is installed, PEFT imports it, and it asks the GPU wha
 initialises CUDA, which processes forked from the server cannot do again. A run that needs it imports it by itself.
 """
 
-import sys
+from packlib.lab.hidden import hidden
 
-HIDDEN = "torchao"
-
-sys.modules[HIDDEN] = None  # type: ignore[assignment]  # "not installed", for whoever asks or tries
-try:
+with hidden("torchao"):
     import packlib.lab.runs.worker  # noqa: F401
-finally:
-    del sys.modules[HIDDEN]

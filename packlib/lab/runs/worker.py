@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import traceback
 import warnings
 from collections import Counter as Tally
@@ -46,6 +45,7 @@ from packlib.lab.runs.clock import (
     matmul_ceiling,
     of_all_ranks,
 )
+from packlib.lab.runs.forked import end_when
 from packlib.lab.runs.limits import Rates, StepWork, step_limit
 from packlib.lab.runs.spec import RunSpec
 from packlib.lab.strategies import Strategy, get_strategy, plan_for
@@ -419,16 +419,6 @@ def placeholder_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
 
 def _silent(line: str) -> None:
     pass
-
-
-def end_when(waited_for: Callable[[], object]) -> None:
-    """End this process as soon as `waited_for()` returns: a run must not go on when nobody waits for its record."""
-
-    def wait() -> None:
-        waited_for()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -300,6 +300,8 @@ def test_ctrl_c_ends_everything_cleanly(project, tmp_path):
 import pathlib, signal
 from packlib.lab import records
 from packlib import __main__
+from packlib.lab.pages import kernel
+kernel.PRELOAD = "ipykernel.kernelapp"  # the notebook needs no more
 signal.signal(signal.SIGINT, signal.default_int_handler)
 records.project_root = lambda: pathlib.Path({str(project)!r})
 raise SystemExit(__main__.main(["reproduce", "mini"]))

@@ -22,7 +22,7 @@ import transformers
 
 from packlib.lab import records
 from packlib.lab.data.corpora import content_sha256
-from packlib.lab.runs import experiment, worker
+from packlib.lab.runs import experiment, forked, worker
 from packlib.lab.runs.spec import RunSpec, grid
 from tests import processes
 
@@ -386,7 +386,7 @@ def test_an_interrupt_ends_the_ranks(tmp_path, interrupts):
 
 def runs_on(pipe):
     """A run that would last a minute, if nobody hung up."""
-    worker.end_when(partial(pipe.poll, 60))
+    forked.end_when(partial(pipe.poll, 60))
     pipe.send("started")
     time.sleep(60)
 
