@@ -77,11 +77,16 @@ def is_registered(name: str | None) -> bool:
 
 
 class _Request(NamedTuple):
-    """What a model's mask asks for. window: as in `varlen_attention`. chunk: longest segment that its chunks allow."""
+    """What a model's mask asks for, and what its forward does that a compiled layer cannot see.
+
+    window: as in `varlen_attention`. chunk: longest segment that its chunks allow. routed: whether router logits are
+    collected, from which a load-balancing loss is made.
+    """
 
     causal: bool = True
     window: int | None = None
     chunk: int | None = None
+    routed: bool = False
 
     def encode(self, layout: Tensor) -> Tensor:
         """`layout` [n] as [1, code, n, 1] without copying: shapes, unlike attributes, reach compiled layers.
@@ -91,19 +96,21 @@ class _Request(NamedTuple):
         """
         size = self.window or self.chunk or 0
         kind = 2 if self.chunk else int(self.causal)
-        mask = layout[None, None, :, None].expand(1, 1 + 3 * size + kind, -1, 1)
+        mask = layout[None, None, :, None].expand(1, 1 + 6 * size + 2 * kind + self.routed, -1, 1)
         if "torch._dynamo" in sys.modules:
             torch._dynamo.mark_static(mask, 1)  # a number, not a size that varies
         return mask
 
     @classmethod
     def decode(cls, mask: Tensor) -> _Request:
-        size, kind = (mask.shape[1] - 1) // 3, (mask.shape[1] - 1) % 3  # divmod is not traced
+        code = mask.shape[1] - 1
+        size, kind = code // 6, code % 6 // 2  # divmod is not traced
+        routed = True if code % 2 else False  # noqa: SIM210: a comparison of sizes is no bool where it is traced
         if kind == 2:
-            return cls(chunk=size)
-        if kind == 1:  # a comparison of sizes is no bool where it is traced
-            return cls(True, size or None)
-        return cls(False, size or None)
+            return cls(chunk=size, routed=routed)
+        if kind == 1:
+            return cls(True, size or None, routed=routed)
+        return cls(False, size or None, routed=routed)
 
 
 def _mask(
@@ -137,7 +144,7 @@ def _mask(
         layout = torch.arange(0, (batch_size + 1) * q_length, q_length, device=device)
     else:
         layout = _real_tokens(attention_mask, positions, batch_size, q_length)
-    mask = _Request(causal, window, chunk).encode(layout)
+    mask = _Request(causal, window, chunk, _collects_router_logits(config)).encode(layout)
     if attention_mask is None and positions is not None:
         mask._packlib_positions = positions  # type: ignore[attr-defined]  # looked at if no boundaries come
     return mask
@@ -193,19 +200,21 @@ def _forward(
             f"{type(module).__name__} has {length} queries but {key.shape[2]} keys: packlib_varlen is for training, "
             "without a cache and without attention to other tokens; generate with sdpa"
         )
-    if pad_tail and _counts_pads(module):
-        raise ValueError(
-            f"the batch ends in pads, which the router loss of {type(module).__name__}'s model would count; collate "
-            "without pad_to_multiple_of, or set output_router_logits = False"
-        )
     # 2. What the mask asks for, and what the call says.
-    request, places = _Request(_is_causal(module, is_causal), sliding_window), query.new_empty(0)
+    routed = attention_mask is None and _collects_router_logits(getattr(module, "config", None))
+    request = _Request(_is_causal(module, is_causal), sliding_window, routed=routed)
+    places = query.new_empty(0)
     if attention_mask is not None and attention_mask.shape[3:] == (1,) and attention_mask.dtype == torch.int64:
         request, places = _Request.decode(attention_mask), attention_mask[0, 0, batch + 1 :, 0]
     elif attention_mask is not None:
         raise ValueError(
             f"{type(module).__name__} makes a mask of its own, of shape {tuple(attention_mask.shape)}, which "
             "packlib_varlen would drop; use sdpa or eager attention"
+        )
+    if pad_tail and request.routed:
+        raise ValueError(
+            f"the batch ends in pads, which the router loss of {type(module).__name__}'s model would count; collate "
+            "without pad_to_multiple_of, or set output_router_logits = False"
         )
     if sliding_window is not None and sliding_window != request.window:
         raise ValueError(
@@ -214,6 +223,12 @@ def _forward(
         )
     # 3. Where segments are.
     if cu_seq_lens_q is None:
+        if attention_mask is None and position_ids is None and request.causal:
+            raise ValueError(
+                f"{type(module).__name__}'s model makes no mask where it is given none, and hands neither cu_seq_lens_q "
+                "nor position_ids to its attention: whether the row is packed cannot be seen; expected rows that are "
+                "not packed and an attention_mask, or sdpa"
+            )
         _refuse_restart(attention_mask, position_ids, len(places) > 0)
         cu_seqlens, max_seqlen = _rows(attention_mask, batch, length, query.device), length
     elif len(places):
@@ -308,13 +323,18 @@ def _poisoned(out: Tensor, position_ids: Tensor | None) -> Tensor:
     return out.masked_fill((position_ids.diff() != 1).any(), torch.nan)
 
 
-def _counts_pads(module: nn.Module) -> bool:
-    """Whether this forward collects router logits, from which a load-balancing loss is made."""
-    return getattr(getattr(module, "config", None), "output_router_logits", False) or _collects_router_logits()
+def _collects_router_logits(config: Any) -> bool:
+    """Whether this forward collects router logits. Asked where a mask is made: compiled layers see no context variable.
+
+    A mask of its own tells compiled layers, which are compiled once for either answer.
+    """
+    if getattr(config, "output_router_logits", False):
+        return True
+    return _collector_has_router_logits()
 
 
-@torch.compiler.assume_constant_result  # asked when a layer is compiled: a context variable would cut its graph in two
-def _collects_router_logits() -> bool:
+@torch.compiler.assume_constant_result  # where a whole model is compiled, its own argument decides, and is guarded
+def _collector_has_router_logits() -> bool:
     try:
         from transformers.utils.output_capturing import _active_collector
     except ImportError:

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from packlib.attention import register, register_attention, varlen_attention
 from packlib.collators import PaddingCollator
@@ -128,3 +128,14 @@ def test_autocast_brings_float32_queries_back():
     ):
         model(**packed(features()))
     assert {x.dtype for x in spy.call_args.args[:3]} == {torch.bfloat16}
+
+
+def test_attention_that_is_told_nothing_of_the_row_is_refused():
+    """As Moshi of transformers 5.17 calls it: no mask where none is given, boundaries and position ids dropped."""
+    attend = AttentionInterface._global_mapping["packlib_varlen"]
+    attention = small_model("llama", "packlib_varlen").model.layers[0].self_attn
+    q = torch.randn(1, 2, 5, 4)
+    with pytest.raises(ValueError, match="LlamaAttention's model makes no mask .* whether the row is packed cannot be"):
+        attend(attention, q, q, q, None)
+    told = {"position_ids": torch.arange(5)[None]}, {"cu_seq_lens_q": boundaries((2, 3))}, {"is_causal": False}
+    assert all(attend(attention, q, q, q, None, **kwargs)[0].shape == (1, 5, 2, 4) for kwargs in told)

@@ -46,3 +46,17 @@ def test_pads_are_welcome_where_nothing_counts_them(model):
         with_pads = model(**FlatteningCollator(pad_to_multiple_of=16)(EXAMPLES)).loss
         without = model(**FlatteningCollator()(EXAMPLES)).loss
     assert with_pads.item() == pytest.approx(without.item(), rel=1e-6)
+
+
+def test_compiled_layers_refuse_pads_that_a_router_counts_later():
+    """What was compiled while nobody collected router logits; without pads it goes on, with them it is refused."""
+    model = small_model("olmoe", register_attention("sdpa"))
+    losses(model, FlatteningCollator())  # transformers' hooks are there before anything is compiled
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    with torch.no_grad():
+        model(**FlatteningCollator(pad_to_multiple_of=16)(EXAMPLES))
+    with pytest.raises(ValueError, match="the batch ends in pads, which the router loss of"):
+        losses(model, FlatteningCollator(pad_to_multiple_of=16))
+    assert torch.isfinite(losses(model, FlatteningCollator()).loss)
