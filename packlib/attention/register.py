@@ -105,10 +105,10 @@ class _Request(NamedTuple):
     def decode(cls, mask: Tensor) -> _Request:
         code = mask.shape[1] - 1
         size, kind = code // 6, code % 6 // 2  # divmod is not traced
-        routed = True if code % 2 else False  # noqa: SIM210: a comparison of sizes is no bool where it is traced
+        routed = bool(code % 2)
         if kind == 2:
             return cls(chunk=size, routed=routed)
-        if kind == 1:
+        if kind == 1:  # a comparison of sizes is no bool where it is traced
             return cls(True, size or None, routed=routed)
         return cls(False, size or None, routed=routed)
 
@@ -225,9 +225,9 @@ def _forward(
     if cu_seq_lens_q is None:
         if attention_mask is None and position_ids is None and request.causal:
             raise ValueError(
-                f"{type(module).__name__}'s model makes no mask where it is given none, and hands neither cu_seq_lens_q "
-                "nor position_ids to its attention: whether the row is packed cannot be seen; expected rows that are "
-                "not packed and an attention_mask, or sdpa"
+                f"{type(module).__name__}'s model makes no mask where it is given none, and hands neither "
+                "cu_seq_lens_q nor position_ids to its attention: whether the row is packed cannot be seen; expected "
+                "rows that are not packed and an attention_mask, or sdpa"
             )
         _refuse_restart(attention_mask, position_ids, len(places) > 0)
         cu_seqlens, max_seqlen = _rows(attention_mask, batch, length, query.device), length

@@ -156,7 +156,9 @@ def bars_with_limits(table: pd.DataFrame, title: str) -> Picture:
         ax.set_xlim(0, right)
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
-    meaning = "limit of dropping the pads: padding's slots per real token over the strategy's own"
+    meaning = "limit of dropping the pads: all of padding's step but the optimiser's least shrinks with its slots"
+    if "waste_ratio" not in table or table["limit"].equals(table["waste_ratio"]):
+        meaning = "limit of dropping the pads: padding's slots per real token over the strategy's own"
     (line,) = axes[-1].plot([], [], **LIMIT, label=meaning)
     figure.legend(handles=[line], loc="outside lower center")
     return head(figure, title)

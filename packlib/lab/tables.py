@@ -34,7 +34,8 @@ MEASURED = (
     "loss",
 )
 RATES = ("metrics.tokens_per_s.mean", "metrics.slots_per_s.mean")  # of all ranks, in records
-RELATIVE = ("speed_up", "speed_up_low", "speed_up_high", "limit", "memory_ratio")  # to padding
+RELATIVE = ("speed_up", "speed_up_low", "speed_up_high", "limit", "waste_ratio", "memory_ratio")  # to padding
+STEP = ("step_seconds.mean", "slots_per_step", "tokens_per_step", "limit.optimizer_seconds")  # what a limit is made of
 VARIES = {"run_id", "status", "error", "model", "corpus", "strategy", "kernel", "seed", "repeat"}  # between arms
 FORMATS = {
     "rows": "{:,.0f}",
@@ -132,8 +133,8 @@ def against(frame: pd.DataFrame, base: str = "padding", by: Sequence[str] = ("mo
     """Speed and memory of every arm relative to `base` on the same model, rig and corpus.
 
     frame: `records.load_records`. by: columns that compared runs share, besides their rig. Repeats and seeds of an arm
-    are pooled: its rate is the median of theirs, low and high their range. Rates are those of one of the ranks. limit:
-    padding's slots per real token over the arm's own, what dropping the pads alone can give.
+    are pooled: its rate is the median of theirs, low and high their range. Rates are those of one of the ranks.
+    waste_ratio: padding's slots per real token over the arm's own. limit: what dropping the pads can give (`limit`).
 
     Returns a row an arm with `by`, `rig`, `strategy, kernel, status, runs`, MEASURED (tokens and slots per second,
     bytes, seconds, nats) and RELATIVE; what was not measured is NaN. Rows come model by model and corpus by corpus as
@@ -182,6 +183,22 @@ def _measured(ok: pd.DataFrame) -> dict[str, float]:
     }
 
 
+def limit(arm: pd.DataFrame, padding: pd.DataFrame) -> float:
+    """The speed-up over padding that the pads' absence alone can give an arm, from finished runs of both.
+
+    The optimiser goes once over weights and moments in every step, whatever is in the batch: its least time
+    (`runs.limits`) stays, and all else of padding's measured step shrinks at most as its slots do. Where records do not
+    say what the optimiser costs, all of it shrinks: the ratio of their slots per real token.
+    """
+    names = [f"metrics.{name}" for name in STEP]
+    if all(name in runs and runs[name].notna().any() for name in names for runs in (arm, padding)):
+        seconds, slots, tokens, fixed = (float(padding[name].mean()) for name in names)
+        _, own_slots, own_tokens, _ = (float(arm[name].mean()) for name in names)
+        least = fixed + max(seconds - fixed, 0.0) * own_slots / slots
+        return (seconds / tokens) / (least / own_tokens)
+    return float(padding["metrics.measured_waste"].mean() / arm["metrics.measured_waste"].mean())
+
+
 def _relative(ok: pd.DataFrame, reference: pd.DataFrame) -> dict[str, float]:
     """RELATIVE of an arm's finished runs to those of the reference."""
     rate, usual = ok["metrics.tokens_per_s.mean"], reference["metrics.tokens_per_s.mean"].median()
@@ -189,7 +206,8 @@ def _relative(ok: pd.DataFrame, reference: pd.DataFrame) -> dict[str, float]:
         "speed_up": rate.median() / usual,
         "speed_up_low": rate.min() / usual,
         "speed_up_high": rate.max() / usual,
-        "limit": reference["metrics.measured_waste"].mean() / ok["metrics.measured_waste"].mean(),
+        "limit": limit(ok, reference),
+        "waste_ratio": reference["metrics.measured_waste"].mean() / ok["metrics.measured_waste"].mean(),
         "memory_ratio": ok["metrics.peak_memory_bytes"].max() / reference["metrics.peak_memory_bytes"].max(),
     }
 

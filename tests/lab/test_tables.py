@@ -63,6 +63,25 @@ def test_speed_memory_and_limit_are_relative_to_padding():
     )
 
 
+def timed(strategy, seconds, slots, tokens, optimizer=0.25):
+    """A record that says what its step is made of."""
+    step = {"step_seconds.mean": seconds, "slots_per_step": slots, "tokens_per_step": tokens}
+    step |= {"limit.optimizer_seconds": optimizer, "tokens_per_s.mean": tokens / seconds}
+    return row(strategy, waste=slots / tokens, **{f"metrics.{name}": value for name, value in step.items()})
+
+
+def test_what_the_optimiser_costs_is_not_in_the_limit():
+    """Padding: 1 s a step, of which the optimiser has to take a quarter; flat rows have half of its slots."""
+    padded, flat = timed("padding", 1.0, 2000, 1000), timed("minibatch_packing", 0.7, 1000, 1000)
+    full = timed("multipack_posid", 1.2, 4000, 4000)
+    found = arms(padded, flat, full).loc["pydocs"].droplevel("kernel")
+    assert found.loc["minibatch_packing", "limit"] == pytest.approx(1 / (0.25 + 0.75 / 2))
+    assert found.loc["multipack_posid", "limit"] == pytest.approx(1 / ((0.25 + 0.75 * 2) / 4)), "fewer optimiser steps"
+    assert found["waste_ratio"].tolist() == [1, 2, 2] and found.loc["padding", "limit"] == 1
+    unknown = arms(padded, timed("minibatch_packing", 0.7, 1000, 1000, optimizer=math.nan)).loc["pydocs"]
+    assert unknown["limit"].tolist() == [1, 2], "of which nothing is known but the waste"
+
+
 def test_each_model_and_corpus_has_its_own_padding():
     found = arms(
         row(),

@@ -89,7 +89,7 @@ def claim(frame: pd.DataFrame, run: str) -> str:
     saved = f"{100 * (1 - packed['memory_ratio']):.0f} % less peak memory"
     return (
         f"**{NAME} on {_devices(_speed(frame))}, a multi-task corpus, batches of {SETTING['batch_size']}: padding "
-        f"computes {packed['limit']:.2f} slots for every real token. Flattening the same batches trains "
+        f"computes {packed['waste_ratio']:.2f} slots for every real token. Flattening the same batches trains "
         f"{packed['speed_up']:.2f} × as fast with {saved}; packing whole examples into full rows trains "
         f"{full['speed_up']:.2f} × as fast, in fewer and larger steps.**{_reserve(frame)}"
     )

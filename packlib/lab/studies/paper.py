@@ -316,7 +316,7 @@ def _minibatch(table: pd.DataFrame) -> pd.DataFrame:
 
 
 LINES = {  # of a ratio: axis, column that is dashed on our bars, what that is
-    "speed_up": ("real tokens/s, relative to padding", "limit", "limit: the waste"),
+    "speed_up": ("real tokens/s, relative to padding", "limit", "limit of dropping\nthe pads"),
     "memory_ratio": ("peak memory, relative to padding", "floor", "weights, gradients and\noptimiser states"),
 }
 

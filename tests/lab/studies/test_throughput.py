@@ -93,7 +93,7 @@ def test_short_steps_are_measured_more_often(monkeypatch):
     assert throughput.enough_steps(specs, 0) == specs
 
 
-def test_reached_is_the_share_of_the_waste_that_became_speed():
+def test_reached_is_the_share_of_the_limit_that_became_speed():
     frame = pd.DataFrame(
         [
             row(batch_size=4, waste=2.0),
@@ -154,7 +154,7 @@ def test_findings_say_what_was_measured():
     steady = throughput.findings(tables.against(frame), by_size, line, frame[frame["repeat"] == 0])
     assert "the fastest of our other strategies is Multipack + PosID, 3.50 times padding" in "\n".join(steady)
     assert "MiniBatchPacking + PosID runs at 1.25 times the real tokens/s of TRL padding_free" in said
-    assert "At 4 examples a batch, 90% of the waste has become speed" in "\n".join(steady)
+    assert "At 4 examples a batch, 90% of what dropping the pads can give has become speed" in "\n".join(steady)
     assert "costs 50 ms before its first slot and 20.00 µs per slot" in said and "by at most 10.0%" in said
     assert said.endswith("fixed_length_packing with tiny-llama: oom, killed by SIGKILL.")
 
