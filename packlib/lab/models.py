@@ -7,6 +7,8 @@ and memory do not depend on the values of the weights. Any other name is pretrai
 
 import contextlib
 import dataclasses
+import functools
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -364,8 +366,13 @@ def parameter_count(config: PreTrainedConfig) -> ParameterCount:
     >>> parameter_count(model_config("mistral-7b"))
     ParameterCount(total=7241732096, without_embeddings=6979588096, active=6979588096, head=131072000)
     """
+    return _counted(type(config), config.to_json_string(use_diff=False))
+
+
+@functools.cache  # a model of 32 layers takes 0.2 s, and tables ask for the same one for every record
+def _counted(kind: type[PreTrainedConfig], text: str) -> ParameterCount:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config := kind.from_dict(json.loads(text)))
     head = model.get_output_embeddings()
     tables = {*model.get_input_embeddings().parameters(), *head.parameters()}  # a set: they may be tied
     total = sum(parameter.numel() for parameter in model.parameters())
