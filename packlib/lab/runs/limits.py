@@ -6,6 +6,10 @@
     optimiser: gradients read for the norm, then weights, gradients and two moments read and all but the gradients
                written, at the copy rate
 
+Where weights are sharded (FSDP2), a rank updates its share of them only, and multiplies with all of them: it gathers the
+others' for every forward and again for every backward, and its gradients are reduced once a step. That traffic is named,
+in bytes; it has no time of its own here, since it runs beside the products and the rate between devices is not measured.
+
 N: parameters that a token is multiplied with, output head included. What a rig adds (launches, computing activations
 again, waiting) is not necessary work. The same sum with padding's slots is padding's limit, and their ratio is what
 packing can gain on a rig without losses: less than the waste, where a step has costs that no batching removes.
@@ -44,12 +48,16 @@ class StepWork:
 
 @dataclass(frozen=True)
 class StepLimit:
-    """Least seconds of a step, by cause, and the real tokens/s that they allow."""
+    """Least seconds of a step, by cause, and the real tokens/s that they allow.
+
+    gathered_bytes: weights and gradients that a rank receives from the others in a step, where they are sharded.
+    """
 
     products_seconds: float
     attention_seconds: float
     optimizer_seconds: float
     tokens_per_s: float
+    gathered_bytes: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -58,12 +66,19 @@ class StepLimit:
 
 
 def step_limit(
-    config: PreTrainedConfig, work: StepWork, rates: Rates, *, itemsize: int, trained: float | None = None
+    config: PreTrainedConfig,
+    work: StepWork,
+    rates: Rates,
+    *,
+    itemsize: int,
+    trained: float | None = None,
+    shards: int = 1,
 ) -> StepLimit:
-    """The limit of a step.
+    """The limit of a step on one rank.
 
     itemsize: bytes of a weight, a gradient and each moment. trained: parameters that are trained, where not all are
-    (adapters): the others have no gradient of their own and no optimiser step.
+    (adapters): the others have no gradient of their own and no optimiser step. shards: ranks that share weights,
+    gradients and moments; 1: every rank has all of them.
     """
     count = models.parameter_count(config)
     multiplied = count.active + count.head
@@ -77,6 +92,10 @@ def step_limit(
     # 2. Attention: as many multiplications for each pair, forward and backward.
     attention = models.attention_flops_per_token(config, 1.0) / 2 * work.pairs / rates.matmul_flops
     # 3. The optimiser: one read for the norm; four reads and three writes for AdamW.
-    optimizer = 8 * itemsize * (count.total if trained is None else trained) / rates.copy_bytes
+    updated = count.total if trained is None else trained
+    optimizer = 8 * itemsize * updated / shards / rates.copy_bytes
+    # 4. What comes from other ranks: all weights but its own, twice a micro-batch; the sums of its own gradients.
+    others = 1 - 1 / shards
+    gathered = itemsize * others * (2 * work.micro_batches * count.total + updated)
     total = products + attention + optimizer
-    return StepLimit(products, attention, optimizer, work.tokens / total)
+    return StepLimit(products, attention, optimizer, work.tokens / total, gathered)

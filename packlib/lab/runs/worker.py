@@ -157,6 +157,7 @@ def _limits(spec: RunSpec, model: PreTrainedModel, rates: Rates, metrics: Mappin
         rates,
         itemsize=2 if spec.dtype == "bfloat16" else 4,
         trained=None if trained == parameters else trained,
+        shards=ranks if spec.rig.shard else 1,
     )
     flops = models.flops_per_token(model.config)
     return {

@@ -50,3 +50,14 @@ def test_adapters_spare_gradients_and_optimizer():
     assert adapted.products_seconds == pytest.approx(full.products_seconds * (4 + 2 * share) / 6)
     assert adapted.optimizer_seconds == pytest.approx(8 * 4 * 1000 / 1e12)
     assert adapted.attention_seconds == full.attention_seconds
+
+
+def test_a_rank_of_four_updates_a_quarter_and_gathers_the_rest():
+    """Two micro-batches: weights come four times, the gradients of a rank's own quarter once from each of the others."""
+    whole, sharded = (step_limit(CONFIG, WORK, FAST, itemsize=2, shards=n) for n in (1, 4))
+    assert sharded.optimizer_seconds == pytest.approx(whole.optimizer_seconds / 4)
+    assert (sharded.products_seconds, sharded.attention_seconds) == (whole.products_seconds, whole.attention_seconds)
+    assert whole.gathered_bytes == 0
+    weights = 2 * COUNT.total
+    assert sharded.gathered_bytes == pytest.approx(4 * weights * 3 / 4 + 3 * weights / 4)
+    assert sharded.tokens_per_s == pytest.approx(6000 / (whole.seconds - whole.optimizer_seconds * 3 / 4))
