@@ -302,6 +302,7 @@ COMES_ALONG = {
     "tokenizers": "transformers",
     "jupyter_server": "jupyterlab",
     "jupyter_client": "jupyterlab",
+    "ipykernel": "jupyterlab",
 }
 DISTRIBUTIONS = {"IPython": "ipython", "PIL": "pillow", "yaml": "pyyaml"}
 
