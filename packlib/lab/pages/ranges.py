@@ -217,6 +217,7 @@ RULES: dict[str, Rule] = {
     "max_tokens": at_least(2),
     "mean_length": COUNT,
     "measure": anything,
+    "measured": some(),
     "min_tokens": at_least(0),
     "mixes": some(one_of(_mixes)),
     "model": model,

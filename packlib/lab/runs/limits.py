@@ -6,9 +6,9 @@
     optimiser: gradients read for the norm, then weights, gradients and two moments read and all but the gradients
                written, at the copy rate
 
-Where weights are sharded (FSDP2), a rank updates its share of them only, and multiplies with all of them: it gathers the
-others' for every forward and again for every backward, and its gradients are reduced once a step. That traffic is named,
-in bytes; it has no time of its own here, since it runs beside the products and the rate between devices is not measured.
+Where weights are sharded (FSDP2), a rank updates its share of them only, and multiplies with all of them: it gathers
+the others' for every forward and again for every backward, and gradients are reduced once a step. That traffic is
+named, in bytes; it has no time here, since it runs beside the products and the rate between devices is not measured.
 
 N: parameters that a token is multiplied with, output head included. What a rig adds (launches, computing activations
 again, waiting) is not necessary work. The same sum with padding's slots is padding's limit, and their ratio is what

@@ -126,6 +126,12 @@ def _apart(record: Mapping[str, Any], reference: Mapping[str, Any]) -> float:
     return float(np.abs(ours / theirs - 1).max()) if len(ours) == len(theirs) > 0 else math.nan
 
 
+def published(run: str, base: RunSpec = BASE) -> pd.DataFrame:
+    """`table` of the arms that run folder `run`, a name under papermill_runs/ or a path, has records of."""
+    folder = records.run_folder(run, create=False)
+    return table(arms(base), folder) if (folder / "records").exists() else table([], folder)
+
+
 def display_table(table: pd.DataFrame) -> pd.DataFrame:
     """`table` for readers."""
     return pd.DataFrame(

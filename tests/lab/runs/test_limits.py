@@ -53,7 +53,7 @@ def test_adapters_spare_gradients_and_optimizer():
 
 
 def test_a_rank_of_four_updates_a_quarter_and_gathers_the_rest():
-    """Two micro-batches: weights come four times, the gradients of a rank's own quarter once from each of the others."""
+    """Two micro-batches: weights come four times, gradients of a rank's own quarter once from each of the others."""
     whole, sharded = (step_limit(CONFIG, WORK, FAST, itemsize=2, shards=n) for n in (1, 4))
     assert sharded.optimizer_seconds == pytest.approx(whole.optimizer_seconds / 4)
     assert (sharded.products_seconds, sharded.attention_seconds) == (whole.products_seconds, whole.attention_seconds)
