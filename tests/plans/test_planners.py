@@ -263,6 +263,7 @@ def test_length_groups_follow_transformers():
 GOLDEN = {
     "next_fit": "f6121f7a3b4e3586",
     "next_fit_sorted": "f7e366b5ae19a486",
+    "best_fit": "08e0eb46c1c02703",
     "best_fit_decreasing": "ddb8db17dbbc62ca",
     "first_fit_decreasing": "ddb8db17dbbc62ca",
     "histogram": "7817eae4860f0607",

@@ -70,7 +70,7 @@ def arms(settings: Sequence[Mapping[str, Any]], **shared: Any) -> list[Arm]:
     >>> setting = {"corpus": "pydocs", "limit": 80, "batch_size": 8, "rows_per_step": 2, "eval_examples": 8}
     >>> found = arms([setting | {"seeds": [0, 1], "further_seeds": [0]}])
     >>> len(found), found[1].label, found[1].spec.steps
-    (16, 'Multipack + PosID, equal steps', 10)
+    (18, 'Multipack + PosID, equal steps', 10)
     """
     found = []
     for setting in settings:

@@ -20,6 +20,7 @@ OTHER: dict[str, Any] = {
     "loss": "response",
     "weighting": "per_example",
     "lr_scheduler": "cosine",
+    "order": "neighbours",
     "rig": Rig(liger=True),
 }
 
@@ -64,7 +65,7 @@ RIGS: dict[str, tuple[Rig, Rig]] = {
         ("dtype", "fp16", "unknown dtype 'fp16'; known: bf16_mixed, bfloat16, float32"),
         ("overflow", "drop", "unknown overflow 'drop'; known: cut, error, split, truncate"),
         ("loss", "prompt", "unknown loss 'prompt'.*; known: full, response"),
-        ("weighting", "per_row", "unknown weighting 'per_row'.*; known: per_example, per_token"),
+        ("weighting", "per_row", "unknown weighting 'per_row'.*; known: longalign, per_example, per_token"),
         ("lr_scheduler", "cosin", r"unknown lr_scheduler 'cosin' \(did you mean 'cosine'\?\)"),
         ("batch_size", 0, "batch_size = 0; expected an integer of at least 1$"),
         ("steps", 0, "steps = 0; expected an integer of at least 1 or None"),
