@@ -47,6 +47,7 @@ RIGS: dict[str, tuple[Rig, Rig]] = {
     "float8": (Rig(**COMPILED), Rig(**COMPILED, float8=True)),
     "lora_rank": (Rig(), Rig(lora_rank=8)),
     "shard": (Rig(), Rig(shard=True)),
+    "native_mixers": (Rig(), Rig(native_mixers=True)),
 }
 
 
