@@ -273,7 +273,8 @@ class LabTrainer(SFTTrainer):
         return losses, torch.stack(self.grad_norms).double().tolist()
 
     def _forward_backward(self, batch: Batch, denominator: Tensor) -> Tensor:
-        with self.compute_loss_context_manager():
+        """As `training_step`, which finds a model that accelerate has put under autocast; a captured one never was."""
+        with self.compute_loss_context_manager(), self.accelerator.autocast():
             loss = self.compute_loss(self.model, dict(batch), num_items_in_batch=denominator)
         loss.backward()
         return loss.detach()

@@ -191,6 +191,7 @@ TRAINING = RunSpec(
     steps=2,
     warmup_steps=1,
 )
+CORPUS = {"name": TRAINING.corpus} | TRAINING.corpus_options
 BEST = {"compile": "layers", "recompute": 0.5, "fused_loss": True, "pad_to": 32}
 
 
@@ -216,6 +217,26 @@ def eager():
 )
 def test_every_rig_takes_the_steps_of_the_plain_trainer(options, eager, graphs_only):
     assert np.allclose(trained(**options), eager, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("dtype", "seen"), [("bf16_mixed", torch.bfloat16), ("float32", torch.float32)])
+def test_micro_batches_are_captured_under_autocast_although_no_training_has_begun(dtype, seen, tmp_path):
+    spec = replace(TRAINING, dtype=dtype, rig=Rig(fused_loss=True))
+    strategy, corpus, device = get_strategy(spec.strategy), load_corpus(**CORPUS), torch.device("cpu")
+    dataset, _ = worker.planned(spec, strategy, corpus)
+    collator, _ = worker.collation(spec, strategy, corpus, dataset)
+    trainer = rig.LabTrainer(
+        worker.build(spec, corpus, register_attention("sdpa"), device)[0],
+        worker.trainer_config(spec, strategy, device, str(tmp_path)),
+        train_dataset=dataset,
+        processing_class=worker.placeholder_tokenizer(corpus),
+        data_collator=collator,
+        rig=spec.rig,
+    )
+    outputs = []
+    trainer.model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: outputs.append(output.dtype))
+    trainer._forward_backward(collator([dataset[0]]), torch.ones(()))
+    assert outputs == [seen]
 
 
 def test_another_seed_takes_other_steps(eager):
