@@ -36,7 +36,18 @@ MEASURED = (
 RATES = ("metrics.tokens_per_s.mean", "metrics.slots_per_s.mean")  # of all ranks, in records
 RELATIVE = ("speed_up", "speed_up_low", "speed_up_high", "limit", "waste_ratio", "memory_ratio")  # to padding
 STEP = ("step_seconds.mean", "slots_per_step", "tokens_per_step", "limit.optimizer_seconds")  # what a limit is made of
-VARIES = {"run_id", "status", "error", "model", "corpus", "strategy", "kernel", "seed", "repeat"}  # between arms
+VARIES = {
+    "run_id",
+    "status",
+    "error",
+    "model",
+    "corpus",
+    "strategy",
+    "kernel",
+    "seed",
+    "repeat",
+    "warmup_steps",
+}  # between arms
 FORMATS = {
     "rows": "{:,.0f}",
     "real tokens/s": "{:,.0f}",
@@ -74,7 +85,8 @@ def rig_label(rig: Mapping[str, Any], ranks: int = 1) -> str:
     for name, usual in asdict(Rig()).items():
         value = rig.get(name)
         if pd.notna(value) and value != usual:
-            parts.append(name if isinstance(usual, bool) else f"{name}={value}")
+            number = isinstance(value, float) and value == int(value)  # of a column that has gaps
+            parts.append(name if isinstance(usual, bool) else f"{name}={int(value) if number else value}")
     return "+".join(parts)
 
 
@@ -112,7 +124,7 @@ def one_setting(frame: pd.DataFrame) -> pd.DataFrame:
     """Of each model, rig and corpus the runs of the one setting that most arms share, all repeats and seeds of it.
 
     A run folder also holds other batch sizes, learning rates and lengths of training: each is a comparison of its own.
-    How many steps a run that is not evaluated was timed over is no such difference.
+    How many steps a run that is not evaluated was timed over is no such difference, nor how many were its warm-up.
     """
     compared = frame.assign(**{"compared.rig": rigs(frame)})
     if {"steps", "eval_examples"} <= set(frame):

@@ -94,10 +94,8 @@ def test_overlong_examples_are_not_planned():
 
 
 def test_unknown_strategies_are_named_with_the_known_ones():
-    with pytest.raises(
-        ValueError,
-        match=r"unknown strategy 'multipack' \(did you mean 'multipack_posid'\?\); known: best_fit_crop_posid, .*trl_padding_free",
-    ):
+    expected = r"unknown strategy 'multipack' \(did you mean 'multipack_posid'\?\); known: best_fit_.*trl_padding_free"
+    with pytest.raises(ValueError, match=expected):
         get_strategy("multipack")
 
 

@@ -165,12 +165,6 @@ def _mixes() -> Iterable[str]:
     return MIXES
 
 
-def _groups() -> Iterable[str]:
-    from packlib.lab.studies.convergence import GROUPS
-
-    return GROUPS
-
-
 def _rungs() -> list[str]:
     from packlib.lab.studies.ladder import CLIMBS
 
@@ -199,7 +193,6 @@ RULES: dict[str, Rule] = {
     "examples": some(some(at_least(0))),
     "further": each(in_keys([*FIELDS, "models", "corpora", "strategies"])),
     "gradient_accumulation": COUNT,
-    "groups": some(one_of(_groups)),
     "grown": COUNT,
     "head_dim": COUNT,
     "heads": heads,
@@ -210,7 +203,6 @@ RULES: dict[str, Rule] = {
     "learning_rate": at_least(0, above=True),
     "lengths": COUNTS,
     "limit": COUNT,
-    "lora_rank": at_least(0),
     "matrix": one_of(["published", "run"]),
     "matrix_attentions": some(some()),
     "matrix_models": some(one_of(_model_types)),
@@ -223,6 +215,7 @@ RULES: dict[str, Rule] = {
     "model": model,
     "models": some(model),
     "options": in_keys(FIELDS),
+    "parity": in_keys([*FIELDS, "climbs", "keep"]),
     "pictured": pictured,
     "published": anything,
     "records_run": anything,
@@ -248,6 +241,9 @@ OF_NOTEBOOK: dict[str, dict[str, Rule]] = {
     "00": {"examples": COUNT},
     "04": {"dtype": one_of(["float32", "bfloat16", "float64"])},
     "06": {"batch_sizes": each(COUNT)},  # none: no curve
-    "07": {"layers": at_least(0)},  # 0: as published
+    "07": {  # layers: 0, as published
+        "layers": at_least(0),
+        "further": in_keys(["equal_time", "third_reason", "constant_examples", "neighbours", "cutting"]),
+    },
     "08": {"device": one_of(["cpu", "cuda"])},
 }

@@ -174,14 +174,20 @@ def figure(frame: pd.DataFrame, run: str) -> str:
 
 
 def climb(frame: pd.DataFrame, run: str) -> str:
-    """The climb of notebook 08 on small mini-batches: its figure, and what it found on the first corpus."""
+    """The climbs of notebook 08: of each its figure, and what it found on the first corpus."""
     folder = records.run_folder(run, create=False)
     summary = records.read_json(folder / "summaries" / "08_climb_to_the_limit.json")
-    of_first = summary["findings"][0].split(":")[0]
-    said = [finding.removeprefix(f"{of_first}: ") for finding in summary["findings"] if finding.startswith(of_first)]
+    told = [finding.split(": ", maxsplit=1) for finding in summary["findings"]]
     devices = _devices(frame[frame["status"] == "ok"])
-    alt, picture = summary["figures"]["08_mini_batches"], f"papermill_runs/{run}/figures/08_mini_batches.png"
-    return "\n".join([f"![{alt}]({picture})", "", f"{NAME} on {devices}, {of_first}:", "", *(f"- {s}" for s in said)])
+    parts = []
+    for figure, ending in {"08_mini_batches": ", mini-batches", "08_full_rows": ", full rows"}.items():
+        if figure not in summary["figures"]:
+            continue
+        place = next(where for where, _ in told if where.endswith(ending))
+        said = [f"- {sentence}" for where, sentence in told if where == place]
+        parts += [f"![{summary['figures'][figure]}](papermill_runs/{run}/figures/{figure}.png)", ""]
+        parts += [f"{NAME} on {devices}, {place}:", "", *said, ""]
+    return "\n".join(parts[:-1])
 
 
 BLOCKS = {function.__name__: function for function in (claim, headline, figure, climb, arms, models, losses)}

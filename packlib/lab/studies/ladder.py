@@ -223,22 +223,17 @@ def arms(
     return found
 
 
-def every_arm(base: RunSpec, climbs: Iterable[Mapping[str, Any]], *, lora_rank: int = 0, gpu: bool = True) -> list[Arm]:
-    """The arms of several climbs, one after the other; a second time with adapters where `lora_rank` is not 0.
+def every_arm(base: RunSpec, climbs: Iterable[Mapping[str, Any]], *, gpu: bool = True) -> list[Arm]:
+    """The arms of several climbs, one after the other.
 
     climbs: mappings with `climb`, what `arms` takes (`rungs`, `keep`), and any field of RunSpec that differs from the
-    base's. Raises `ValueError` and `TypeError` as `arms` and `RunSpec` do.
+    base's; `rig: {lora_rank: 16}` climbs with adapters. Raises `ValueError` and `TypeError` as `arms` and `RunSpec` do.
     """
-    climbs = list(climbs)
     found = []
-    for rank in (None, lora_rank) if lora_rank else (None,):
-        for entry in climbs:
-            fields = dict(entry)
-            named = {name: fields.pop(name) for name in ("climb", "rungs", "keep") if name in fields}
-            own = replace(base, **fields)
-            found += arms(
-                replace(own, rig=replace(own.rig, lora_rank=rank)), **{"climb": MINI_BATCHES} | named, gpu=gpu
-            )
+    for entry in climbs:
+        fields = {"climb": MINI_BATCHES} | dict(entry)
+        named = {name: fields.pop(name) for name in ("climb", "rungs", "keep") if name in fields}
+        found += arms(replace(base, **fields), **named, gpu=gpu)
     return found
 
 
@@ -441,6 +436,7 @@ def climb_figure(table: pd.DataFrame, climb: str, *, here: str = "") -> Picture:
     here: a rung that is marked as the reader's own. Raises `ValueError` for one that the climb does not have.
     """
     own = table[(table["climb"] == climb) & (table["lora_rank"] == table["lora_rank"].min())]
+    own = own.assign(predicted=own["predicted"].where(own["status"] != NOT_MEASURED))  # there is nothing to hold it to
     corpora, names = list(dict.fromkeys(own["corpus"])), list(dict.fromkeys(own["rung"]))
     beside = set(own[own["beside"].astype(bool)]["rung"])
     if here and here not in names:
