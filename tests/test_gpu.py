@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from packlib.attention import flash_stand_in, kernel_table, register_attention, resolve_kernel, varlen_attention
+from packlib.attention.kernels import FLASH_ATTN
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.isolation import check_isolation
 from packlib.lab.runs.rig import GraphedMicroBatches, fuse_layers
@@ -15,7 +16,11 @@ from packlib.losses import token_weights, weighted_loss
 from tests.attention.cases import LENGTHS, boundaries, features, packed, random_qkv, run, worst
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-KERNELS = ["torch_varlen", "flex"]
+KERNELS = [
+    "torch_varlen",
+    "flex",
+    pytest.param("flash_attn", marks=pytest.mark.skipif(FLASH_ATTN is None, reason="needs flash-attn")),
+]
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
@@ -43,11 +48,12 @@ def test_poison_stays_in_its_segment(kernel):
     assert not torch.equal(clean[ends[2] : ends[3]], poisoned[ends[2] : ends[3]])
 
 
-def test_softcap_in_flex():
+@pytest.mark.parametrize("kernel", KERNELS[1:])
+def test_softcap(kernel):
     qkv = random_qkv(LENGTHS, dim=64)
     truth = run("reference", qkv, LENGTHS, softcap=5.0)
     yardstick = worst(run("reference", qkv, LENGTHS, "cuda", torch.bfloat16, softcap=5.0), truth)
-    assert worst(run("flex", qkv, LENGTHS, "cuda", torch.bfloat16, softcap=5.0), truth) <= 3 * yardstick
+    assert worst(run(kernel, qkv, LENGTHS, "cuda", torch.bfloat16, softcap=5.0), truth) <= 3 * yardstick
     with pytest.raises(ValueError, match="no softcap"):
         run("torch_varlen", qkv, LENGTHS, "cuda", torch.bfloat16, softcap=5.0)
 
@@ -65,7 +71,7 @@ def on_gpu(batch):
     return {k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
-@pytest.mark.parametrize("kernel", ["torch_varlen", "flex"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_no_synchronisation(kernel, monkeypatch):
     """Forward, loss and backward of a packed step, less the one in which transformers asks if position ids restart."""
     from transformers import masking_utils

@@ -91,6 +91,7 @@ def test_environment_has_what_the_project_was_asked_for():
         "seaborn",
     }
     assert CONDA.keys() >= asked and ENVIRONMENT["channels"] == ["conda-forge"]
+    assert requirements(PROJECT["optional-dependencies"]["flash"]) == {"flash-attn": CONDA["flash-attn"]}
 
 
 def test_constraints_pin_every_dependency_above_its_bound_and_torch_first():
@@ -304,7 +305,7 @@ COMES_ALONG = {
     "jupyter_client": "jupyterlab",
     "ipykernel": "jupyterlab",
 }
-DISTRIBUTIONS = {"IPython": "ipython", "PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"IPython": "ipython", "PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 def imported(source, *, functions=False):
