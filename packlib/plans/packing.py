@@ -1,8 +1,8 @@
 """Fit and cut: the algorithms under the planners, on arrays.
 
 Segments are three parallel integer arrays (`example`, `start`, `stop`); rows are `row_splits` into them. `example` and
-`start` are None where each example is one whole segment: at 10^8 examples every array that is not made counts. Nothing
-here loops over single examples, save the dynamic programme.
+`start` are None where each example is one whole segment: at 10^8 examples every array that is not made counts. Only
+what takes examples in a given order loops over them: `best_fit_rows`, `crop_rows`, and the dynamic programme.
 """
 
 from __future__ import annotations

@@ -332,13 +332,16 @@ def histogram(lengths: Lengths, max_tokens: int, *, seed: int = 0, overflow: Ove
     return _decreasing("histogram", lengths, max_tokens, overflow, seed)
 
 
-def constant_examples(plan: Plan, examples: int, *, seed: int = 0) -> tuple[Plan, np.ndarray]:
+def constant_examples(plan: Plan, examples: int, *, seed: int = 0, split_rows: bool = True) -> tuple[Plan, np.ndarray]:
     """Group rows into optimiser steps of `examples` segments each, so that packing changes the speed and not the step.
 
-    Every step holds exactly `examples`, only one those that remain: as many steps as padding takes. A row with more is
-    split between examples, and so are a few of the rows that best fit leaves in steps with room. Returns the plan in
-    the order of the steps (drawn from `seed`) and step_splits, int64 [steps + 1]: step i is the rows `step_splits[i]`
-    to `step_splits[i + 1]`. O(rows).
+    Returns the plan in the order of the steps (drawn from `seed`) and step_splits, int64 [steps + 1]: step i is the
+    rows `step_splits[i]` to `step_splits[i + 1]`. O(rows).
+
+    Args:
+        split_rows: every step holds exactly `examples`, only one those that remain: as many steps as padding takes. A
+            row with more is split between examples, and so are a few of those that best fit leaves in steps with room.
+            False: rows stay whole; one with more is a step of its own, and a few steps hold fewer.
 
     >>> plan = next_fit([1, 1, 1, 1, 3, 3], max_tokens=4, overflow="error", order="sorted")
     >>> plan, step_splits = constant_examples(plan, examples=3)
@@ -348,6 +351,10 @@ def constant_examples(plan: Plan, examples: int, *, seed: int = 0) -> tuple[Plan
     segments = len(plan.example)
     if not 1 <= positive("examples", examples) <= segments:
         raise ValueError(f"examples = {examples}; expected 1 to {segments}, the segments of the plan")
+    name = f"constant_examples({examples}, seed={seed}, split_rows={split_rows})"
+    if not split_rows:
+        steps = best_fit_decreasing(np.minimum(plan.row_examples, examples), examples, overflow="error", seed=seed)
+        return plan.take(steps.example, name), steps.row_splits
     # 1. Rows with more segments are split.
     begin = np.repeat(plan.row_splits[:-1], plan.row_examples)
     splits = np.append(np.flatnonzero((np.arange(segments) - begin) % examples == 0), segments)
@@ -364,7 +371,7 @@ def constant_examples(plan: Plan, examples: int, *, seed: int = 0) -> tuple[Plan
     rows, step_splits = packing.select_rows(
         np.searchsorted(edges, ends), np.random.default_rng(seed).permutation(len(ends) - 1)
     )
-    return regrouped.take(rows, f"constant_examples({examples}, seed={seed})"), step_splits
+    return regrouped.take(rows, name), step_splits
 
 
 def _decreasing(rule: Rule, lengths: Lengths, max_tokens: int, overflow: Overflow, seed: int) -> Plan:

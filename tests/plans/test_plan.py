@@ -159,6 +159,18 @@ def test_constant_examples_fills_steps_exactly():
             plans.constant_examples(plan, bad)
 
 
+def test_rows_that_stay_whole_make_steps_about_constant():
+    lengths = np.random.default_rng(0).lognormal(np.log(500) - 0.72, 1.2, 5_000).clip(1, 4096).astype(int)
+    plan = next_fit(lengths, 4096, overflow="error")
+    grouped, steps = plans.constant_examples(plan, 32, seed=1, split_rows=False)
+    assert len(grouped) == len(plan) and sorted(grouped.row_lengths) == sorted(plan.row_lengths)
+    per_step = np.add.reduceat(grouped.row_examples, steps[:-1])
+    assert per_step.max() == 32 and (per_step == 32).mean() > 0.98
+    rows = next_fit([1] * 6 + [6] * 3, 6, overflow="error", order="sorted")
+    grouped, steps = plans.constant_examples(rows, 2, split_rows=False)
+    assert sorted(np.add.reduceat(grouped.row_examples, steps[:-1]).tolist()) == [1, 2, 6], "a row above is a step"
+
+
 def test_a_row_above_the_step_is_split():
     plan, steps = plans.constant_examples(next_fit([1] * 6 + [6] * 3, 6, overflow="error", order="sorted"), 2)
     assert sorted(np.add.reduceat(plan.row_examples, steps[:-1]).tolist()) == [1, 2, 2, 2, 2]

@@ -62,8 +62,10 @@ def nearest(train: Corpus, held_out: Corpus, count: int) -> np.ndarray:
 def behind(train: Corpus, held_out: Corpus, shown: np.ndarray) -> Corpus:
     """Held-out examples, each behind the training examples `shown` to it; only its own labels count.
 
-    shown: int64 [at least held out, count], of `nearest`.
+    shown: int64 [held out or more, count], of `nearest`. Raises `ValueError` for fewer.
     """
+    if len(shown) < len(held_out.lengths):
+        raise ValueError(f"shown has {len(shown)} rows; expected one for each of {len(held_out.lengths)} examples")
     ids, labels, lengths = [], [], []
     for example, those in zip(held_out.dataset, shown):
         before = np.concatenate([train.dataset[int(i)]["input_ids"] for i in those])

@@ -134,10 +134,11 @@ class RunSpec:
         have no label left: `error`, `drop`, or `keep`.
     eval_examples: size of the held-out set (0: none), evaluated at the end and every `eval_every` steps. atom_size: for
         fixed_length.
-    examples_per_step: group rows so that optimiser steps hold exactly this many examples. order: of the rows: as
-        `planned`; `long_first` or `long_last`, by their mean example; or `neighbours`: the stream of fixed_length runs
-        through examples of like words, and its rows are shuffled. layers: toy depth instead of
-        the published one.
+    examples_per_step: group rows so that optimiser steps hold about this many examples. split_rows: exactly as many, by
+        splitting rows between examples.
+    order: of the rows: as `planned`; `long_first` or `long_last`, by their mean example; or `neighbours`: the stream of
+        fixed_length runs through examples of like words, and its rows are shuffled.
+    layers: toy depth instead of the published one.
     generate_examples: evaluation examples whose final answer is generated and compared. eval_context: also evaluate
         every held-out example behind so many training examples of like words (0: not).
     rig: how a step is executed; a mapping of its fields is as good. profile: one more step, of which kernels, launches
@@ -176,6 +177,7 @@ class RunSpec:
     order: str = "planned"
     atom_size: int | None = None
     examples_per_step: int | None = None
+    split_rows: bool = False
     layers: int | None = None
     world_size: int = 1
     rig: Rig = field(default_factory=Rig)
@@ -256,6 +258,8 @@ def _check_numbers(spec: RunSpec) -> None:
         )
     if spec.rig.shard and spec.world_size == 1:
         raise ValueError("rig.shard = True with world_size = 1; expected at least two ranks to shard over")
+    if spec.split_rows and spec.examples_per_step is None:
+        raise ValueError("split_rows = True with examples_per_step = None; expected the number of examples a step")
     if spec.profile and spec.steps is None:
         raise ValueError("profile = True adds a step to those of `steps`; expected steps, not None")
     if spec.eval_every is not None and not spec.eval_examples:

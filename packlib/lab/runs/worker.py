@@ -342,7 +342,7 @@ def planned(spec: RunSpec, strategy: Strategy, corpus: Corpus) -> tuple[Dataset,
                 f"examples_per_step = {spec.examples_per_step} makes one flat batch a step; {spec.strategy} with "
                 f"gradient_accumulation = {spec.gradient_accumulation} cannot"
             )
-        plan, steps = plans.constant_examples(plan, spec.examples_per_step, seed=spec.seed)
+        plan, steps = plans.constant_examples(plan, spec.examples_per_step, seed=spec.seed, split_rows=spec.split_rows)
         plan = replace(plan, row_splits=plan.row_splits[steps], max_tokens=None)
     if spec.world_size > 1:
         plan = plan.balance(spec.world_size, seed=spec.seed)

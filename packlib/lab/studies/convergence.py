@@ -30,13 +30,16 @@ from packlib.lab.strategies import STRATEGIES
 FIXED, POSID, MULTIPACK = "fixed_length_packing", "fixed_length_packing_posid", "multipack_posid"
 PAIR = ("padding", "minibatch_packing")  # the same training, step by step
 EPOCHS, STEPS, EXAMPLES = "equal epochs", "equal steps", "constant examples"
-SHARES = ("", STEPS, EPOCHS, EXAMPLES)  # variants that leave the learning rate and what is shuffled as they are
-GROUPS = ("padding", "equal steps", "equal epochs", "multipack", "constant examples", "learning rate", "atoms")
+EXACT = f"exactly {EXAMPLES}"
+SHARES = ("", STEPS, EPOCHS, EXAMPLES, EXACT)  # variants that leave the learning rate and what is shuffled as they are
+GROUPS = ("padding", STEPS, EPOCHS, "multipack", EXAMPLES, EXACT, "learning rate", "atoms")
 OF_ATOMS = "atoms of "  # how such a variant begins
 ATOMS = {"¼ row": 0.25, "½ row": 0.5, "1 row": 1.0, "2 rows": 2.0}  # size of what is shuffled
 EVALUATIONS = 4  # of a run, the end included
 PLAN = {"groups", "rows_per_step", "seeds"}  # fields of a setting that are none of RunSpec
 AVERAGES = {"per token": "per_token", "per example": "per_example"}
+NAMES = ("corpus", "arm", "strategy", "variant", "spec_id")  # what every table says of an arm
+RESULTS = ("seed", "status", "lr", "batch", "tokens", "seconds", "steps", "per_token", "per_example", "exact_match")
 NEGLIGIBLE = 1e-3  # nats: rounding alone stays below
 EQUAL = 0.01  # nats, one per cent of perplexity: an interval within ± it shows that two arms learn the same
 
@@ -119,10 +122,11 @@ def _changes(base: RunSpec, rows_per_step: int) -> dict[str, list[tuple[str, str
     atoms = {f"{OF_ATOMS}{name}": int(share * base.max_tokens) for name, share in ATOMS.items()}
     return {
         "padding": [("padding", "", every | answers), ("minibatch_packing", "", every)],
-        "equal steps": [(FIXED, STEPS, equal | answers), (POSID, STEPS, equal | answers)],
-        "equal epochs": [(FIXED, EPOCHS, few), (POSID, EPOCHS, few)],
+        STEPS: [(FIXED, STEPS, equal | answers), (POSID, STEPS, equal | answers)],
+        EPOCHS: [(FIXED, EPOCHS, few), (POSID, EPOCHS, few)],
         "multipack": [(MULTIPACK, EPOCHS, few), (MULTIPACK, STEPS, equal)],
-        "constant examples": [(MULTIPACK, EXAMPLES, constant)],
+        EXAMPLES: [(MULTIPACK, EXAMPLES, constant)],
+        EXACT: [(MULTIPACK, EXACT, constant | {"split_rows": True})],
         "learning rate": [
             (MULTIPACK, f"{EPOCHS}, {name}", few | {"learning_rate": rate}) for name, rate in rates.items()
         ],
@@ -214,7 +218,14 @@ def results(folder: Path, planned: Sequence[Arm], further: Sequence[str] = ()) -
             "exact_match": metrics.get("exact_match", math.nan),
         } | {name: metrics.get(name, math.nan) for name in further}
         rows.append(arm.names | row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*NAMES, *RESULTS, *further])
+
+
+def extent(found: pd.DataFrame) -> str:
+    """How many of the planned runs of `results` have a result: a line for where a figure is not drawn."""
+    if not len(found):
+        return "This run does not ask it."
+    return f"{(found['status'] == 'ok').sum()} of {len(found)} runs have a result."
 
 
 def overview(found: pd.DataFrame) -> pd.DataFrame:
@@ -247,7 +258,7 @@ def traces(folder: Path, planned: Sequence[Arm], *, validation: bool = False) ->
             trace["seconds"] = math.nan
         frames.append(trace.assign(**arm.names, seed=arm.spec.seed))
     if not frames:
-        return pd.DataFrame(columns=["corpus", "arm", "strategy", "variant", "spec_id", "seed", "step", "loss"])
+        return pd.DataFrame(columns=[*NAMES, "seed", "step", "loss"])
     return pd.concat(frames, ignore_index=True)
 
 
@@ -293,6 +304,7 @@ CAUSES = [
     Cause("Fewer steps, multipack", (MULTIPACK, EPOCHS), (MULTIPACK, STEPS), TOO_FEW),
     Cause("Packing whole examples, equal steps", (MULTIPACK, STEPS), PADDING, REMAINS),
     Cause("Packing whole examples, constant examples", (MULTIPACK, EXAMPLES), PADDING, REMAINS),
+    Cause("Packing whole examples, exactly constant examples", (MULTIPACK, EXACT), PADDING, REMAINS),
 ]
 
 
@@ -419,12 +431,12 @@ def atoms_table(found: pd.DataFrame) -> pd.DataFrame:
     return atoms.assign(size=atoms["variant"].str.removeprefix(OF_ATOMS))
 
 
-def exact_matches(found: pd.DataFrame) -> pd.DataFrame:
+def exact_matches(found: pd.DataFrame, value: str = "exact_match") -> pd.DataFrame:
     """Share of answers that come out right, with its 95 % interval over seeds, where answers were generated."""
-    answered = found.dropna(subset="exact_match")
+    answered = found.dropna(subset=value)
     rows = {}
     for place, runs in answered.groupby(["corpus", "arm"], sort=False):
-        mean = tables.mean_interval(runs["exact_match"])
+        mean = tables.mean_interval(runs[value])
         low, high = max(mean.low, 0.0), min(mean.high, 1.0)  # it is a share; NaN of one seed stays
         rows[place] = {"mean": mean.mean, "low": low, "high": high}
     return pd.DataFrame(rows).T
@@ -434,7 +446,9 @@ def exact_matches(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_corpus(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """A table's rows by their corpus, in the order of the table."""
+    """A table's rows by their corpus, in the order of the table; of `results`, corpora where something was measured."""
+    if "status" in table:
+        table = table[table["corpus"].isin(table.loc[table["status"] == "ok", "corpus"])]
     return dict(list(table.groupby("corpus", sort=False)))
 
 
@@ -446,7 +460,7 @@ def arm_curves(curves: pd.DataFrame, xs: Mapping[str, str], y: str, title: str, 
     """
     figure, axes = figures.new(5.2 * len(xs) + 4, 4.6, alt, len(xs), sharey=True)
     variants, one = list(dict.fromkeys(curves["variant"])), curves["strategy"].nunique() == 1
-    dashes = {"": "-", STEPS: "-", EPOCHS: "--", EXAMPLES: ":"}
+    dashes = {"": "-", STEPS: "-", EPOCHS: "--", EXAMPLES: ":", EXACT: ":"}
     shades = sns.color_palette("viridis", len(variants))
     for arm, runs in curves.groupby("arm", sort=False):
         (color, _, marker), variant = figures.style(runs["strategy"].iloc[0]), runs["variant"].iloc[0]

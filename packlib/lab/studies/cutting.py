@@ -18,7 +18,16 @@ import pandas as pd
 from packlib.lab import figures, tables
 from packlib.lab.figures import Picture
 from packlib.lab.runs import experiment
-from packlib.lab.studies.convergence import MULTIPACK, POSID, Arm, differences, read_setting, results, tell
+from packlib.lab.studies.convergence import (
+    MULTIPACK,
+    POSID,
+    Arm,
+    by_corpus,
+    differences,
+    read_setting,
+    results,
+    tell,
+)
 
 OWN = {"rows_per_step", "seeds"}
 RANDOM, CROP = "random_packing_posid", "best_fit_crop_posid"
@@ -115,8 +124,12 @@ def position_curves(table: pd.DataFrame, corpus: str) -> Picture:
     return figures.head(drawn, f"{corpus}: where in an example cutting is paid")
 
 
-def findings(found: pd.DataFrame, corpus: str) -> list[str]:
-    """The best way for each of VALUES, and how the others differ from BASE: sentences of one corpus."""
+def findings(found: pd.DataFrame) -> list[str]:
+    """The best way on each corpus for each of VALUES, and how the others differ from BASE, in sentences."""
+    return [said for corpus, runs in by_corpus(found).items() for said in _findings(runs, corpus)]
+
+
+def _findings(found: pd.DataFrame, corpus: str) -> list[str]:
     said = []
     ok = found[found["status"] == "ok"]
     for name, value in VALUES.items():

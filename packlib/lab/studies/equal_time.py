@@ -8,10 +8,10 @@ alone. Every arm has its own learning rate, the best of a grid on a seed that is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,10 +19,21 @@ from scipy.optimize import nnls
 
 from packlib.lab import figures, records, tables
 from packlib.lab.figures import Picture
+from packlib.lab.parameters import unknown_name
 from packlib.lab.runs import experiment
 from packlib.lab.runs.spec import Rig, RunSpec
 from packlib.lab.strategies import STRATEGIES
-from packlib.lab.studies.convergence import EXAMPLES, MULTIPACK, POSID, STEPS, Arm, read_setting, tell
+from packlib.lab.studies.convergence import (
+    EXACT,
+    MULTIPACK,
+    NAMES,
+    POSID,
+    STEPS,
+    Arm,
+    by_corpus,
+    read_setting,
+    tell,
+)
 
 MIXED = "best_fit_posid"
 OWN = {"rows_per_step", "seeds", "pick_seed", "rates", "all_steps"}
@@ -33,11 +44,42 @@ KEYS = {  # strategy and variant of what `all_steps` names
     "group_by_length": ("group_by_length", ""),
     "minibatch_packing": ("minibatch_packing", ""),
     "multipack": (MULTIPACK, WHOLE),
-    "constant examples": (MULTIPACK, EXAMPLES),
+    "constant examples": (MULTIPACK, EXACT),
     "fixed length": (POSID, WHOLE),
     "mixed rows": (MIXED, STEPS),
 }
 PADDING = "Padding"
+
+
+class Timed(NamedTuple):
+    """What was found: the grid's arms, those reported, the clocks, and `curves` by corpus and a clock's label."""
+
+    grid: list[Arm]
+    reported: list[Arm]
+    clocks: list[Clock]
+    curves: dict[str, dict[str, pd.DataFrame]]
+
+
+def measure(asked: Mapping[str, Any], folder: Path, train: Callable[[Sequence[Arm]], None], **shared: Any) -> Timed:
+    """Train the grid, choose rates by the first clock, train what is reported, and date it by every clock.
+
+    asked: `settings`, as of `grid_arms`, and perhaps `clocks`, as of `clocks`; may be empty. train: makes sure that
+    arms have a record in `folder`, or leaves them without.
+    """
+    unknown = asked.keys() - {"settings", "clocks"}
+    for name in sorted(unknown):
+        raise unknown_name("part of equal_time", name, ("settings", "clocks"))
+    settings = asked.get("settings", ())
+    grid = grid_arms(settings, **shared)
+    train(grid)
+    dated = clocks(asked.get("clocks", ()), folder, grid)
+    reported = reported_arms(settings, folder, dated[0], **shared) if dated else []
+    train(reported)
+    found: dict[str, dict[str, pd.DataFrame]] = {}
+    for clock in dated:
+        for corpus, curve in by_corpus(curves(folder, reported, clock)).items():
+            found.setdefault(corpus, {})[clock.label] = curve
+    return Timed(grid, reported, dated, found)
 
 
 def grid_arms(settings: Sequence[Mapping[str, Any]], **shared: Any) -> list[Arm]:
@@ -83,8 +125,8 @@ def reported_arms(settings: Sequence[Mapping[str, Any]], folder: Path, clock: Cl
 
 def _read(setting: Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[RunSpec, dict[str, Any]]:
     base, own = read_setting(setting, OWN, OWN | {"corpus", "limit"}, **shared)
-    if unknown := own["all_steps"].keys() - KEYS.keys():
-        raise ValueError(f"all_steps names {sorted(unknown)}; expected some of {', '.join(KEYS)}")
+    for name in sorted(own["all_steps"].keys() - KEYS.keys()):
+        raise unknown_name("arm of all_steps", name, KEYS)
     if own["pick_seed"] in own["seeds"]:
         raise ValueError(f"pick_seed = {own['pick_seed']} is among seeds = {own['seeds']}; expected a seed of its own")
     return base, own
@@ -93,9 +135,10 @@ def _read(setting: Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[RunSpe
 def _arms(base: RunSpec, own: Mapping[str, Any]) -> list[Arm]:
     """One arm a key of `all_steps`, at base's seed and rate."""
     examples = base.batch_size * base.gradient_accumulation
+    one = {"gradient_accumulation": 1}
     changes = {
-        "constant examples": {"batch_size": 1, "gradient_accumulation": 1, "examples_per_step": examples},
-        "mixed rows": {"batch_size": own["rows_per_step"], "gradient_accumulation": 1},
+        "constant examples": one | {"batch_size": 1, "examples_per_step": examples, "split_rows": True},
+        "mixed rows": one | {"batch_size": own["rows_per_step"]},
     }
     found = []
     for key, (strategy, variant) in KEYS.items():
@@ -195,24 +238,22 @@ def curves(folder: Path, planned: Sequence[Arm], clock: Clock) -> pd.DataFrame:
             seconds = clock.per_step * step + clock.per_slot * trace["slots"][step - 1]
             run = {"seed": arm.spec.seed, "lr": arm.spec.learning_rate, "step": step, "seconds": seconds, "loss": loss}
             rows.append(arm.names | run)
-    return pd.DataFrame(rows, columns=[*_NAMES, "seed", "lr", "step", "seconds", "loss"])
-
-
-_NAMES = ("corpus", "arm", "strategy", "variant", "spec_id")
+    return pd.DataFrame(rows, columns=[*NAMES, "seed", "lr", "step", "seconds", "loss"])
 
 
 def at_equal_time(curve: pd.DataFrame) -> tuple[float, pd.DataFrame]:
     """Of one corpus: the seconds that every run fills, and each run's loss then, between two evaluations linearly.
 
-    Returns (seconds, a row a run: `arm, strategy, variant, seed, lr, loss, step`).
+    Returns (seconds, a row a run: `arm, strategy, variant, seed, lr, loss, step`); a run whose first evaluation comes
+    later has none.
     """
     end = float(curve.groupby("spec_id")["seconds"].max().min())
     rows = []
     for _, run in curve.groupby("spec_id", sort=False):
         names = run.iloc[0][["arm", "strategy", "variant", "seed", "lr"]].to_dict()
-        at = {name: float(np.interp(end, run["seconds"], run[name])) for name in ("loss", "step")}
+        at = {name: float(np.interp(end, run["seconds"], run[name], left=np.nan)) for name in ("loss", "step")}
         rows.append(names | at)
-    return end, pd.DataFrame(rows)
+    return end, pd.DataFrame(rows).dropna(subset="loss")
 
 
 def best_rates(folder: Path, grid: Sequence[Arm], clock: Clock) -> dict[tuple[str, str], float]:
@@ -235,15 +276,16 @@ def best_rates(folder: Path, grid: Sequence[Arm], clock: Clock) -> dict[tuple[st
     return best
 
 
-def at_edge(best: Mapping[tuple[str, str], float], grid: Sequence[Arm]) -> list[str]:
+def at_edge(timed: Timed) -> list[str]:
     """Arms whose best rate is the smallest or largest of their grid, in words: a better one may lie beyond."""
     rates: dict[tuple[str, str], set[float]] = {}
-    for arm in grid:
+    for arm in timed.grid:
         rates.setdefault((tables.short(arm.spec.corpus), arm.label), set()).add(arm.spec.learning_rate)
+    chosen = {(tables.short(arm.spec.corpus), arm.label): arm.spec.learning_rate for arm in timed.reported}
     return [
         f"{corpus}, {arm}: the best rate, {rate:g}, is at the edge of its grid."
-        for (corpus, arm), rate in best.items()
-        if rate in (min(rates[corpus, arm]), max(rates[corpus, arm]))
+        for (corpus, arm), rate in chosen.items()
+        if (tried := rates.get((corpus, arm))) and rate in (min(tried), max(tried))
     ]
 
 
@@ -272,7 +314,7 @@ def figure(by_clock: Mapping[str, pd.DataFrame], corpus: str) -> Picture:
         end, _ = at_equal_time(curve)
         for arm, runs in curve.groupby("arm", sort=False):
             color, _, marker = figures.style(runs["strategy"].iloc[0])
-            line = {EXAMPLES: ":", UNTUNED: "--"}.get(runs["variant"].iloc[0], "-")
+            line = {EXACT: ":", UNTUNED: "--"}.get(runs["variant"].iloc[0], "-")
             by_step = runs.groupby("step")
             x = by_step["seconds"].mean()
             ax.plot(x, by_step["loss"].mean(), color=color, marker=marker, linestyle=line, markersize=6, label=arm)
@@ -284,18 +326,27 @@ def figure(by_clock: Mapping[str, pd.DataFrame], corpus: str) -> Picture:
     return figures.head(drawn, f"{corpus}: loss after so many seconds")
 
 
-def finding(curve: pd.DataFrame, corpus: str, clock: Clock) -> str:
-    """Who has the lowest loss at equal time, by how much, with intervals, in one sentence."""
+def finding(curve: pd.DataFrame, corpus: str, clock: str) -> str:
+    """Who has the lowest loss at equal time by a clock of this label, by how much, with intervals, in one sentence."""
     end, then = at_equal_time(curve)
     order = then.groupby("arm")["loss"].mean().sort_values()
     if len(order) < 2:
         return f"{corpus}: fewer than two arms have runs to compare at equal time."
     first, second = order.index[:2]
-    gap = tables.paired_differences(then, "loss", base=second, arm="arm").set_index("label").loc[first]
-    won = "has" if gap["high"] < 0 else "has, undecided,"
-    said = f"{corpus}, {clock.label}: after {end:.3g} s “{first}” {won} the lowest loss, {order.iloc[0]:.4f} nats: "
-    said += f"{tell(gap)} against “{second}”"
-    if PADDING in order.index and PADDING not in (first, second):
-        to_padding = tables.paired_differences(then, "loss", base=PADDING, arm="arm").set_index("label").loc[first]
-        said += f", {tell(to_padding)} against padding"
-    return f"{said}."
+    decided = False
+    said = [f"{corpus}, {clock}: after {end:.3g} s “{first}” has the lowest loss, {order.iloc[0]:.4f} nats"]
+    for other in dict.fromkeys((second, PADDING)):
+        pair = then[then["arm"].isin([first, other])]
+        for gap in tables.paired_differences(pair, "loss", base=other, arm="arm").to_dict("records"):
+            said.append(f"{tell(gap)} against “{other}”")
+            decided = decided or (other == second and gap["high"] < 0)
+    return f"{'; '.join(said)}{'' if decided else '; undecided'}."
+
+
+def findings(timed: Timed) -> list[str]:
+    """What the clocks are, who wins by each of them on each corpus, and whose rate may not be the best."""
+    if timed.grid and not timed.clocks:
+        return ["No clock: fewer than two runs that had the device alone, so nothing is compared at equal time."]
+    said = [clock.said for clock in timed.clocks]
+    said += [finding(curve, corpus, label) for corpus, dated in timed.curves.items() for label, curve in dated.items()]
+    return said + at_edge(timed)

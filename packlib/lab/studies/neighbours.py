@@ -25,7 +25,9 @@ from packlib.lab.studies.convergence import (
     STEPS,
     Arm,
     arm_label,
+    by_corpus,
     differences,
+    exact_matches,
     read_setting,
     tell,
 )
@@ -76,6 +78,11 @@ def effects(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def answers(found: pd.DataFrame) -> pd.DataFrame:
+    """`convergence.exact_matches` of held-out examples alone and in context, an arm a row."""
+    return pd.concat({"alone": exact_matches(found), "in context": exact_matches(found, FURTHER[1])}, axis=1)
+
+
 def figure(found: pd.DataFrame, corpus: str) -> Picture:
     """`effects` as intervals."""
     drawn = figures.forest(effects(found), f"{corpus}: when a neighbour helps", "difference of validation loss")
@@ -83,9 +90,10 @@ def figure(found: pd.DataFrame, corpus: str) -> Picture:
     return drawn
 
 
-def findings(found: pd.DataFrame, corpus: str) -> list[str]:
-    """Whether rows without boundaries cost, by which neighbours they have and how it is asked: one sentence a pair."""
-    return [f"{corpus}: {row['label']}: {_verdict(row)}." for row in effects(found).to_dict("records")]
+def findings(found: pd.DataFrame) -> list[str]:
+    """What rows without boundaries cost, by which neighbours they have and how it is asked: one sentence a pair."""
+    rows = [(corpus, row) for corpus, runs in by_corpus(found).items() for row in effects(runs).to_dict("records")]
+    return [f"{corpus}: {row['label']}: {_verdict(row)}." for corpus, row in rows]
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

@@ -34,6 +34,7 @@ RATIOS = ["speed_up", "memory_ratio"]
 FIELDS = [field.name for field in fields(RunSpec) if field.name != "rig"]
 ARM = ("arm", "variant", "batch")  # of notebook 07's records
 STEP = {"batch_size", "gradient_accumulation", "steps", "eval_every", "generate_examples", "examples_per_step"}
+STEP |= {"split_rows"}
 STATE_BYTES = {"float32": 16, "bf16_mixed": 16, "bfloat16": 8}  # a parameter's weight, gradient and AdamW's two moments
 UNITS = {  # title of a pair of columns: column, divisor, format
     "rows": ("rows", 1, "{:,.0f}"),

@@ -21,11 +21,12 @@ from packlib.lab.figures import Picture
 from packlib.lab.runs.spec import RunSpec
 from packlib.lab.studies.convergence import (
     AVERAGES,
-    EXAMPLES,
+    EXACT,
     MULTIPACK,
     STEPS,
     Arm,
     arm_label,
+    by_corpus,
     read_setting,
     tell,
 )
@@ -50,11 +51,12 @@ GAP = Suspect("Sorted packing, as it is", (MULTIPACK, STEPS), MINIBATCHES)
 SUSPECTS = [
     GAP,
     Suspect("Mixed rows, as full (which examples, and how many)", (MIXED, STEPS), MINIBATCHES),
-    Suspect("Sorted rows, constant examples (how many)", (MULTIPACK, EXAMPLES), MINIBATCHES),
+    Suspect("Sorted rows, constant examples (how many)", (MULTIPACK, EXACT), MINIBATCHES),
     Suspect("Mini-batches by length (adds: which examples)", (BY_LENGTH, ""), MINIBATCHES),
     Suspect("Every example weighs alike in its step", (MULTIPACK, f"{STEPS}, {PER_EXAMPLE}"), (MINI, PER_EXAMPLE)),
     Suspect("Every example weighs alike in all steps", (MULTIPACK, f"{STEPS}, {LONGALIGN}"), (MINI, PER_EXAMPLE)),
     Suspect("Learning rate decays to 0", (MULTIPACK, f"{STEPS}, {DECAY}"), (MINI, DECAY)),
+    Suspect("Mixed rows, and the rate decays to 0", (MIXED, f"{STEPS}, {DECAY}"), (MINI, DECAY)),
     Suspect("Learning rate × 2", (MULTIPACK, f"{STEPS}, {RATE}"), (MINI, RATE)),
     Suspect("Long rows first", (MULTIPACK, FIRST), MINIBATCHES),
     Suspect("Long rows last", (MULTIPACK, LAST), MINIBATCHES),
@@ -96,10 +98,10 @@ def _variants(base: RunSpec, rows_per_step: int) -> tuple[Changes, Changes]:
     steps = math.ceil(base.limit / examples)
     every = {"eval_every": math.ceil(steps / 2)}
     full = every | {"batch_size": rows_per_step, "gradient_accumulation": 1, "steps": steps}
-    constant = every | {"batch_size": 1, "gradient_accumulation": 1, "examples_per_step": examples}
+    constant = every | {"batch_size": 1, "gradient_accumulation": 1, "examples_per_step": examples, "split_rows": True}
     key: Changes = {(MINI, ""): every, (MULTIPACK, STEPS): full, (MIXED, STEPS): full}
     further: Changes = {
-        (MULTIPACK, EXAMPLES): constant,
+        (MULTIPACK, EXACT): constant,
         (BY_LENGTH, ""): every,
         (MULTIPACK, FIRST): full | {"order": "long_first"},
         (MULTIPACK, LAST): full | {"order": "long_last"},
@@ -122,7 +124,7 @@ def gaps(found: pd.DataFrame, value: str = "per_token") -> pd.DataFrame:
 
     found: `convergence.results` of one corpus. value: `per_token` or `per_example`. Returns a row a pair that was
     measured: `label, strategy, difference, low, high, standard_errors, n` in nats, as `tables.paired_differences`;
-    `taken, taken_low, taken_high` of the gap, in nats; `share` of it.
+    `taken, taken_low, taken_high` of the gap, in nats; `share` of it (NaN where no seed has both).
     """
     loss = found[found["status"] == "ok"].pivot_table(index="seed", columns="arm", values=value)
     gap, rows = _by_seed(loss, GAP), []
@@ -133,6 +135,7 @@ def gaps(found: pd.DataFrame, value: str = "per_token") -> pd.DataFrame:
         mean = tables.mean_interval(by_seed)
         row = {"label": suspect.label, "strategy": suspect.changed[0], "difference": mean.mean, "low": mean.low}
         row |= {"high": mean.high, "standard_errors": mean.standard_errors, "n": len(by_seed)}
+        row |= dict.fromkeys(("taken", "taken_low", "taken_high", "share"), math.nan)
         common = gap.index.intersection(by_seed.index)
         if suspect is not GAP and len(common):
             taken = tables.mean_interval(gap[common] - by_seed[common])
@@ -161,9 +164,13 @@ def figure(found: pd.DataFrame, corpus: str) -> Picture:
     return drawn
 
 
-def findings(found: pd.DataFrame, corpus: str) -> list[str]:
-    """The gap, which arms take it away, and which are ruled out: sentences for one corpus."""
-    said = []
+def findings(found: pd.DataFrame) -> list[str]:
+    """The gap on each corpus, which arms take it away, and which are ruled out, in sentences. found: `results`."""
+    return [said for corpus, runs in by_corpus(found).items() for said in _findings(runs, corpus)]
+
+
+def _findings(found: pd.DataFrame, corpus: str) -> list[str]:
+    said: list[str] = []
     for name, value in AVERAGES.items():
         table = gaps(found, value)
         if not len(table) or table["label"].iloc[0] != GAP.label:
@@ -174,7 +181,7 @@ def findings(found: pd.DataFrame, corpus: str) -> list[str]:
         if not gap["low"] > 0:
             said.append(f"{corpus}, {name}: the interval of the gap holds 0 (or has one seed), so no cause is named.")
             continue
-        said += [f"{corpus}, {name}: {_verdict(row)}" for row in rows[1:]]
+        said += [f"{corpus}, {name}: {_verdict(row)}" for row in rows[1:] if pd.notna(row["taken"])]
     return said
 
 

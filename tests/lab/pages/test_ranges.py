@@ -65,7 +65,7 @@ def test_no_rule_is_left_over():
         ),
         ("07", {"learning_rate": 0.0}, r"learning_rate = 0\.0; expected a number above 0"),
         ("07", {"learning_rate": float("nan")}, "learning_rate = nan; expected a number above 0"),
-        ("07", {"groups": ["paddin"]}, r"unknown groups\[0\] 'paddin'"),
+        ("07", {"further": {"equal_times": {}}}, r"unknown field of parameter further 'equal_times'"),
         ("07", {"seeds": []}, r"seeds = \[\]; expected at least one"),
         ("08", {"rungs": ["flatened"]}, r"unknown rungs\[0\] 'flatened' \(did you mean 'flattened'\?\)"),
         ("08", {"climbs": [{"corpsu": "x"}]}, r"unknown field of parameter climbs\[0\] 'corpsu'"),

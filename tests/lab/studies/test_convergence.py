@@ -29,7 +29,7 @@ BASE = RunSpec(
 def test_arms_share_what_their_names_say():
     found = convergence.arms(BASE, rows_per_step=2, seeds=[0])
     by_name = {arm.label: arm.spec for arm in found}
-    assert len(by_name) == len(found) == len({arm.spec.spec_id for arm in found}) == 15
+    assert len(by_name) == len(found) == len({arm.spec.spec_id for arm in found}) == 16
     for arm in found:
         same_steps = arm.spec.steps == 13  # ceil(100 / 8)
         assert same_steps == (arm.variant == STEPS or "atoms" in arm.variant)
@@ -108,6 +108,7 @@ LOSSES = {
     (MULTIPACK, STEPS): 1.0,
     (MULTIPACK, EPOCHS): 2.0,
     (MULTIPACK, convergence.EXAMPLES): 1.0,
+    (MULTIPACK, convergence.EXACT): 1.0,
 }
 
 
@@ -222,7 +223,7 @@ def test_an_arm_is_recognised_by_its_spec(measured):
     found = records.read_records(folder)
     known = convergence.recognised(found)
     by_spec = {arm.spec.spec_id: (arm.strategy, arm.variant, arm.spec.seed) for arm in planned}
-    assert len(known) == len(found) == 33
+    assert len(known) == len(found) == 36
     for run_id, arm in known.items():
         assert (arm.strategy, arm.variant, arm.spec.seed) == by_spec[run_id.split("-")[0]]
     assert {arm.variant for arm in known.values()} == {arm.variant for arm in planned if "atoms" not in arm.variant}
@@ -233,6 +234,21 @@ def test_an_arm_is_recognised_by_its_spec(measured):
     timed = [{"run_id": "z", "spec": {"strategy": "padding"}}]
     alone = [record for record in found if record["spec"]["strategy"] != "padding"]
     assert convergence.recognised([*strange, *timed, *alone]) == {}, "without its padding an arm shares nothing"
+
+
+def test_steps_about_constant_are_no_record_of_steps_exactly_constant(tmp_path):
+    """h200's records of constant examples are of rows that stay whole; the exact arm does not find them, nor they it."""
+    about, exact = (
+        convergence.arms(BASE, rows_per_step=2, groups=[group], seeds=[0])[0]
+        for group in (convergence.EXAMPLES, convergence.EXACT)
+    )
+    assert replace(exact.spec, split_rows=False) == about.spec and exact.spec.spec_id != about.spec.spec_id
+    write(tmp_path, about, 1.0)
+    found = convergence.results(tmp_path, [about, exact])
+    assert found["status"].tolist() == ["ok", "missing"]
+    assert convergence.extent(found) == "1 of 2 runs have a result."
+    assert convergence.extent(found[:0]) == "This run does not ask it."
+    assert list(convergence.by_corpus(found)) == ["arithmetic"] and convergence.by_corpus(found[1:]) == {}
 
 
 def test_a_run_too_short_for_some_arms_is_recognised(tmp_path):
@@ -299,13 +315,13 @@ def test_figures_and_findings_of_all_arms(tmp_path):
         assert "arithmetic" in figure.alt and figure.alt != figure.get_suptitle()
     lines = {name: {line.get_label() for line in figures[name].axes[0].lines} for name in ("curves", "atoms")}
     assert lines["atoms"] == {f"atoms of {size}" for size in convergence.ATOMS}
-    assert len(lines["curves"]) == 9 and not any("lr" in label or "atoms" in label for label in lines["curves"])
+    assert len(lines["curves"]) == 10 and not any("lr" in label or "atoms" in label for label in lines["curves"])
 
     said = convergence.findings(found, convergence.parity(steps))
     assert len([line for line in said if line.startswith("arithmetic: ")]) == len(convergence.CAUSES) + 2
     assert said[-1].startswith("Atoms, arithmetic: atoms of ") and said[-1].count("nats (95 % interval") == 3
     lost = convergence.findings(convergence.results(tmp_path / "empty", planned), {})
-    assert lost == ["30 of 30 planned runs have no result in this folder."]
+    assert lost == ["32 of 32 planned runs have no result in this folder."]
 
 
 def test_the_published_run_is_of_its_preset(monkeypatch):

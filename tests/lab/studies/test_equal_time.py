@@ -1,0 +1,129 @@
+"""Clocks of known costs, rates that are known to be best, and who wins at equal time by which clock."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from packlib.lab import records
+from packlib.lab.runs.spec import Rig
+from packlib.lab.studies import equal_time
+from tests.lab.studies import made_records
+
+SETTING = {"corpus": "pydocs", "limit": 80, "batch_size": 8, "rows_per_step": 2, "eval_examples": 8, "pick_seed": 9}
+SETTING |= {"rates": [1e-3, 2e-3, 4e-3], "seeds": [0, 1, 2]}
+SETTING |= {"all_steps": {"padding": 12, "multipack": 6, "constant examples": 24}}
+SLOTS = {"padding": 100, "multipack_posid": 400}
+BEST = {"padding": 1e-3, "full batches": 4e-3}
+
+
+def write(folder, arm, *, per_step=1.0, per_slot=0.01, failed=False, concurrent=1):
+    """A run whose loss falls with its steps, most at its best rate; seconds as of a clock with these costs."""
+    spec = arm.spec
+    slots = 50 if spec.split_rows else SLOTS[arm.strategy]
+    power = 2 * math.log2(spec.learning_rate / BEST.get(arm.variant or arm.strategy, 2e-3))
+    pace = (0.05 + 0.001 * (spec.seed % 3)) * slots**0.5 / (1 + power**2)
+    steps = list(range(1, spec.steps + 1))
+    losses = [3 * math.exp(-0.1 * pace * step) for step in steps]
+    trace = {
+        "step": steps,
+        "slots": [slots * step for step in steps],
+        "seconds": [(per_step + per_slot * slots) * step for step in steps],
+        "evaluations": [
+            {"step": step, "eval_loss_per_token": losses[step - 1]} for step in steps if step % spec.eval_every == 0
+        ],
+    }
+    parts = {"metrics": {"eval_loss_per_token": losses[-1]}, "trace": trace}
+    parts = {"status": "failed"} if failed else parts
+    made_records.write(folder, spec, **parts, environment={"concurrent_runs": concurrent})
+
+
+def measure(folder, asked, **kept):
+    def train(arms):
+        for arm in arms:
+            if not records.find_record(folder, arm.spec.spec_id, None):
+                write(folder, arm, **kept)
+
+    return equal_time.measure(asked, folder, train)
+
+
+def test_a_clock_finds_the_costs_it_was_made_of(tmp_path):
+    folder = records.run_folder(tmp_path)
+    arms = equal_time.grid_arms([SETTING])
+    for arm in arms:
+        write(folder, arm)
+    found = records.read_records(folder)
+    clock = equal_time.fit_clock(found, "made")
+    assert (clock.per_step, clock.per_slot, clock.runs) == (pytest.approx(1.0), pytest.approx(0.01), 9)
+    assert clock.error == pytest.approx(0, abs=1e-9) and clock.said.startswith("made: 1e+03 ms a step and 1e+04 µs a")
+    assert equal_time.fit_clock(found, "made", {"lean": True}) is None, "none has that rig"
+    assert equal_time.fit_clock(found[:1], "made") is None
+    shared = [record | {"environment": {"concurrent_runs": 2}} for record in found]
+    assert equal_time.fit_clock(shared, "made") is None, "times of runs that shared the device are none"
+
+
+def test_the_winner_is_who_has_the_lowest_loss_by_the_clock_in_hand(tmp_path):
+    """Where a step costs most, full batches win; where a slot does, the many small steps of constant examples."""
+    said = {}
+    for name, costs in {"steps": {"per_step": 5.0, "per_slot": 1e-4}, "slots": {"per_step": 1e-4}}.items():
+        folder = records.run_folder(tmp_path / name)
+        timed = measure(folder, {"settings": [SETTING]}, **costs)
+        assert {arm.label: arm.spec.learning_rate for arm in timed.reported} == {
+            "Padding": 1e-3,
+            "Multipack + PosID, full batches": 4e-3,
+            "Multipack + PosID, full batches, padding's rate": 1e-3,
+            "Multipack + PosID, exactly constant examples": 2e-3,
+        }
+        assert {arm.spec.seed for arm in timed.reported} == {0, 1, 2}
+        (by_clock,) = timed.curves.values()
+        (curve,) = by_clock.values()
+        end, then = equal_time.at_equal_time(curve)
+        assert end == pytest.approx(curve.groupby("arm")["seconds"].max().min()) and len(then) == 12
+        table = equal_time.standing(curve)
+        assert table["loss"].is_monotonic_increasing and table["seeds"].eq(3).all()
+        said[name] = equal_time.findings(timed)
+        assert f"“{table.index[0]}” has the lowest loss, {table['loss'].iloc[0]:.4f} nats" in said[name][1]
+        assert "undecided" not in said[name][1] and "against “Padding”" in said[name][1]
+        figure = equal_time.figure(by_clock, "pydocs")
+        figure.canvas.draw()
+        assert len(figure.axes[0].get_legend().get_texts()) == 4
+    assert "“Multipack + PosID, full batches” has the lowest loss" in said["steps"][1]
+    assert "“Multipack + PosID, exactly constant examples” has the lowest loss" in said["slots"][1]
+    edges = [line for line in said["slots"] if "at the edge of its grid" in line]
+    assert len(edges) == 2 and "Padding: the best rate, 0.001" in edges[0]
+
+
+def test_without_a_clock_nothing_is_compared(tmp_path):
+    folder = records.run_folder(tmp_path)
+    timed = measure(folder, {"settings": [SETTING]}, concurrent=3)
+    assert not timed.clocks and not timed.reported and equal_time.findings(timed)[0].startswith("No clock: ")
+    assert equal_time.findings(equal_time.measure({}, folder, lambda arms: None)) == []
+    with pytest.raises(ValueError, match="unknown part of equal_time 'clock'"):
+        equal_time.measure({"clock": []}, folder, print)
+    for wrong, message in (
+        ({"all_steps": {"paddin": 3}}, "unknown arm of all_steps 'paddin'"),
+        ({"pick_seed": 1}, r"pick_seed = 1 is among seeds = \[0, 1, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            equal_time.grid_arms([SETTING | wrong])
+
+
+def test_a_clock_of_another_run_and_rates_that_fail(tmp_path):
+    """The grid's own times do not count where a run is named; an arm is reported once its whole grid was tried."""
+    other, folder = records.run_folder(tmp_path / "other"), records.run_folder(tmp_path / "here")
+    grid = equal_time.grid_arms([SETTING])
+    for arm in grid:
+        write(
+            other,
+            equal_time.Arm(arm.strategy, arm.variant, replace(arm.spec, model="x", rig=Rig(lean=True))),
+            per_step=7.0,
+        )
+        if arm.strategy == "padding":
+            write(folder, arm, failed=arm.spec.learning_rate == 1e-3)
+        elif not arm.spec.split_rows and arm.spec.learning_rate > 1e-3:
+            write(folder, arm)
+    named = [{"label": "theirs", "run": str(other), "model": "x", "rig": {"lean": True}}]
+    (clock,) = equal_time.clocks(named, folder, grid)
+    assert (clock.label, clock.per_step) == ("theirs", pytest.approx(7.0))
+    assert equal_time.clocks([named[0] | {"model": "y"}], folder, grid) == []
+    assert equal_time.best_rates(folder, grid, clock) == {("pydocs", "Padding"): 2e-3}
