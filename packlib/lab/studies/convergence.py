@@ -33,6 +33,7 @@ EPOCHS, STEPS, EXAMPLES = "equal epochs", "equal steps", "constant examples"
 EXACT = f"exactly {EXAMPLES}"
 SHARES = ("", STEPS, EPOCHS, EXAMPLES, EXACT)  # variants that leave the learning rate and what is shuffled as they are
 GROUPS = ("padding", STEPS, EPOCHS, "multipack", EXAMPLES, EXACT, "learning rate", "atoms")
+USUAL = ("padding", STEPS, EPOCHS, EXACT)  # groups of a setting that names none
 OF_ATOMS = "atoms of "  # how such a variant begins
 ATOMS = {"¼ row": 0.25, "½ row": 0.5, "1 row": 1.0, "2 rows": 2.0}  # size of what is shuffled
 EVALUATIONS = 4  # of a run, the end included
@@ -135,7 +136,7 @@ def _changes(base: RunSpec, rows_per_step: int) -> dict[str, list[tuple[str, str
 
 
 def settings_arms(
-    settings: Sequence[Mapping[str, Any]], *, seeds: Sequence[int], groups: Sequence[str] = GROUPS, **shared: Any
+    settings: Sequence[Mapping[str, Any]], *, seeds: Sequence[int], groups: Sequence[str] = USUAL, **shared: Any
 ) -> list[Arm]:
     """The arms of several settings, one after the other.
 

@@ -100,8 +100,9 @@ def overview(found: pd.DataFrame) -> pd.DataFrame:
     for arm, runs in found[found["status"] == "ok"].groupby("arm", sort=False):
         row = {"tokens": runs["tokens"].mean(), "lost": runs["lost"].mean(), "seeds": len(runs)}
         for name, value in VALUES.items():
-            mean = tables.mean_interval(runs[value].dropna())
-            row[name], row[f"{name} ±"] = mean.mean, mean.high - mean.mean
+            if runs[value].notna().any():
+                mean = tables.mean_interval(runs[value].dropna())
+                row[name], row[f"{name} ±"] = mean.mean, mean.high - mean.mean
         rows[arm] = row
     return pd.DataFrame(rows).T
 

@@ -237,7 +237,7 @@ def test_an_arm_is_recognised_by_its_spec(measured):
 
 
 def test_steps_about_constant_are_no_record_of_steps_exactly_constant(tmp_path):
-    """h200's records of constant examples are of rows that stay whole; the exact arm does not find them, nor they it."""
+    """h200's records of constant examples are of rows that stay whole; the exact arm does not find them."""
     about, exact = (
         convergence.arms(BASE, rows_per_step=2, groups=[group], seeds=[0])[0]
         for group in (convergence.EXAMPLES, convergence.EXACT)
