@@ -72,6 +72,20 @@ def test_per_example_is_the_mean_of_example_means():
     )
 
 
+def test_longalign_weighs_an_example_alike_in_every_step():
+    """Steps of one and of five examples, over the mean of three: their sum is that of steps of three (2401.18058)."""
+    model, flat, examples = small_model("llama"), FlatteningCollator(), features()
+
+    def sums(cuts, weighting, denominator=None):
+        steps = [step(model, [flat(examples[a:b])], weighting, denominator) for a, b in cuts]
+        return {n: sum(gradients[n] for _, gradients in steps) for n in steps[0][1]}
+
+    even, uneven = [(0, 3), (3, 6)], [(0, 1), (1, 6)]
+    expected = sums(even, "per_example")
+    assert error(sums(uneven, "longalign", 3.0), expected) < 1e-5
+    assert error(sums(uneven, "per_example"), expected) > 1e-2, "a step's own number: an example alone weighs more"
+
+
 def test_weights():
     labels, cu_seqlens = (
         torch.tensor([[-100, 1, 2, 3, -100, 4, -100, -100]]),
@@ -83,7 +97,8 @@ def test_weights():
     assert (
         torch.allclose(weights, torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3, 0, 1, 0, 0]])) and total == 2
     )  # the last example has no loss token
-    with pytest.raises(ValueError, match="weighting = 'mean'; expected one of per_token, per_example"):
+    assert torch.equal(token_weights(labels, cu_seqlens, "longalign")[0], weights)
+    with pytest.raises(ValueError, match="weighting = 'mean'; expected one of per_token, per_example, longalign"):
         token_weights(labels, weighting="mean")
 
 

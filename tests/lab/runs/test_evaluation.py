@@ -56,7 +56,25 @@ def test_both_losses_are_those_of_one_example_at_a_time(max_slots, attention):
     )
     assert result["eval_loss_per_token"] != pytest.approx(result["eval_loss_per_example"], abs=1e-4)
     assert (result["eval_tokens"], result["eval_examples"]) == ((LENGTHS - 1).sum(), len(LENGTHS))
-    assert llama.training
+    assert llama.training and "eval_loss_by_position" not in result
+
+
+@pytest.mark.parametrize("max_slots", [20, 8192])
+def test_loss_by_position_is_that_of_the_tokens_there(max_slots):
+    """Octaves from the first predicted token on, whatever else is in the batch; and the longest examples alone."""
+    corpus, llama = made_corpus(masked=(1,)), model()
+    expected = [losses for i, losses in enumerate(one_at_a_time(llama, corpus)) if i != 1]
+    result = evaluate(llama, corpus, max_slots=max_slots, by_position=True)
+    octaves = {1: (1, 2), 2: (2, 4), 4: (4, 8), 8: (8, 16), 16: (16, 32)}
+    assert [first for first, *_ in result["eval_loss_by_position"]] == list(octaves)
+    for first, loss, tokens in result["eval_loss_by_position"]:
+        begin, end = octaves[first]
+        there = torch.cat([losses[begin - 1 : end - 1] for losses in expected])
+        assert tokens == len(there) and loss == pytest.approx(float(there.mean()), abs=1e-5)
+        shifted = torch.cat([losses[begin:end] for losses in expected])
+        assert first == 1 or loss != pytest.approx(float(shifted.mean()), abs=1e-4), "the negative control"
+    assert result["eval_loss_longest"] == pytest.approx(float(expected[2].mean()), abs=1e-5)
+    assert evaluate(llama, made_corpus(masked=(3,)), by_position=True)["eval_loss_longest"] is None
 
 
 def test_examples_that_see_each_other_have_another_loss():
