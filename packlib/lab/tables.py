@@ -85,8 +85,9 @@ def rig_label(rig: Mapping[str, Any], ranks: int = 1) -> str:
     for name, usual in asdict(Rig()).items():
         value = rig.get(name)
         if pd.notna(value) and value != usual:
-            number = isinstance(value, float) and value == int(value)  # of a column that has gaps
-            parts.append(name if isinstance(usual, bool) else f"{name}={int(value) if number else value}")
+            if isinstance(value, float) and value.is_integer():  # of a column that has gaps
+                value = int(value)
+            parts.append(name if isinstance(usual, bool) else f"{name}={value}")
     return "+".join(parts)
 
 
