@@ -131,13 +131,18 @@ def bar(ax: Axes, y: float, value: float, strategy: str, low: float = np.nan, hi
     ax.barh(y, value, 0.66, color=look.color, hatch=look.hatch, edgecolor="white", xerr=error, ecolor="0.25", capsize=3)
 
 
+def panels_width(panels: int) -> float:
+    """Inches of panels of bars that share their labels: on a page's width, three of them are still read."""
+    return 3.8 * panels + (3.4 if panels == 1 else 2.2)
+
+
 def bars_with_limits(table: pd.DataFrame, title: str) -> Picture:
     """Speed-up over padding per strategy, one panel per corpus, the limit drawn on every bar.
 
     table: `corpus, strategy, speed_up, speed_up_low, speed_up_high, limit`: ratios of real tokens/s; limit may be NaN.
     """
     groups, names = list(dict.fromkeys(table["corpus"])), list(dict.fromkeys(table["strategy"]))
-    figure, axes = new(5.6 * len(groups) + 1.6, 0.5 * len(names) + 1.9, title, len(groups), sharey=True)
+    figure, axes = new(panels_width(len(groups)), 0.5 * len(names) + 1.9, title, len(groups), sharey=True)
     for ax, group in zip(axes, groups):
         rows = table[table["corpus"] == group].set_index("strategy").reindex(names)
         right = max(np.nanmax(rows[["speed_up_high", "limit"]].to_numpy()) * 1.22, 1.2)
@@ -145,7 +150,7 @@ def bars_with_limits(table: pd.DataFrame, title: str) -> Picture:
             if np.isfinite(row["speed_up"]):
                 bar(ax, y, row["speed_up"], strategy, row["speed_up_low"], row["speed_up_high"])
                 end = row["speed_up_high"]
-                if end <= row["limit"] < end + 0.14 * right:  # the number stands beyond the limit, not on it
+                if end <= row["limit"] < end + 0.2 * right:  # the number stands beyond the limit, not on it
                     end = row["limit"]
                 ax.text(end + 0.02 * right, y, f"{row['speed_up']:.2f}×", va="center", fontsize=10)
             if np.isfinite(row["limit"]):

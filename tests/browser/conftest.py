@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -39,8 +40,12 @@ SETTINGS = {
 HARD_TO_READ = """element => {
     const parse = color => (color.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
     const over = ([r, g, b, a = 1], [R, G, B]) => [r * a + R * (1 - a), g * a + G * (1 - a), b * a + B * (1 - a)];
-    const behind = node => node ? over(parse(getComputedStyle(node).backgroundColor), behind(node.parentElement))
-                                : [255, 255, 255];
+    const known = new Map([[null, [255, 255, 255]]]);
+    const behind = node => {
+        if (!known.has(node))
+            known.set(node, over(parse(getComputedStyle(node).backgroundColor), behind(node.parentElement)));
+        return known.get(node);
+    };
     const linear = value => value <= 10.31 ? value / 3294.6 : ((value / 255 + 0.055) / 1.055) ** 2.4;
     const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
     const found = [];
@@ -113,9 +118,12 @@ def lab(desk, tmp_path_factory):
         "JUPYTERLAB_WORKSPACES_DIR",
         "IPYTHONDIR",
     )
+    page = own / "JUPYTER_CONFIG_DIR" / "labconfig" / "page_config.json"
+    page.parent.mkdir(parents=True)
+    page.write_text('{"buildCheck": false}', encoding="utf-8")  # node would look for source extensions, 1 s a page
     environment = os.environ | {name: str(own / name) for name in folders}
     environment["JUPYTERLAB_SETTINGS_DIR"] = str(own / "settings")
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(desk)}  # for `tests.browser.kernels`
     port = free_port()
     dry = subprocess.run(
         ["make", "--no-print-directory", "-n", "lab", f"PYTHON={sys.executable}", "VENV="],
@@ -126,6 +134,8 @@ def lab(desk, tmp_path_factory):
         check=True,
     )
     command = [*shlex.split(dry.stdout), "--no-browser", "--allow-root", "--IdentityProvider.token="]
+    command.append("--MappingKernelManager.kernel_manager_class=tests.browser.kernels.ForkedKernelManager")
+    command.append("--LabApp.expose_app_in_browser=True")  # its commands, by name
     command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--ServerApp.disable_check_xsrf=True"]
     with open(own / "log", "w", encoding="utf-8") as log:
         server = subprocess.Popen(command, cwd=desk, env=environment, stdout=log, stderr=log, start_new_session=True)
@@ -133,7 +143,7 @@ def lab(desk, tmp_path_factory):
     try:
         for _ in range(600):
             if server.poll() is not None:
-                break
+                pytest.fail("JupyterLab ended:\n" + Path(own / "log").read_text(encoding="utf-8"))
             try:
                 urllib.request.urlopen(f"{address}/api/status").close()
                 yield address
@@ -143,7 +153,8 @@ def lab(desk, tmp_path_factory):
         else:
             pytest.fail("JupyterLab does not answer:\n" + Path(own / "log").read_text(encoding="utf-8"))
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(20)
 
 

@@ -20,7 +20,7 @@ DRAWN = ".jp-OutputArea-output p + img"  # what `notebook.explore` shows
 
 
 class Desk:
-    """A page of JupyterLab, and what went wrong in it."""
+    """JupyterLab in a page, and what went wrong in it."""
 
     def __init__(self, page, address):
         self.page, self.address, self.wrong = page, address, []
@@ -28,15 +28,22 @@ class Desk:
         page.on("console", lambda message: message.type == "error" and self._note(message.text))
         page.on("pageerror", lambda error: self._note(str(error)))
         page.on("response", lambda response: response.status >= 400 and self._note(f"{response.status} {response.url}"))
+        page.goto(address)
+        page.wait_for_selector(".jp-Notebook .jp-Cell")
 
     def _note(self, text):
         if not NOISE.search(text):
             self.wrong.append(text[:300])
 
     def open(self, name):
-        self.page.goto(f"{self.address}/lab/tree/notebooks/{name}.ipynb?reset")
+        """As a double click in the file browser does."""
+        self.command("docmanager:open", path=f"notebooks/{name}.ipynb")
+        self.page.wait_for_selector(f'.lm-TabBar-tab.jp-mod-current[title*="{name}"]')
         self.page.wait_for_selector(".jp-Notebook .jp-Cell")
-        self.page.locator("#jp-main-statusbar", has_text="| Idle").wait_for()  # the kernel has answered
+        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')  # the kernel has answered
+
+    def command(self, name, **arguments):
+        self.page.evaluate("([name, options]) => jupyterapp.commands.execute(name, options)", [name, arguments])
 
     def menu(self, *labels):
         """Click through the menu bar: `menu("Settings", "Theme", "JupyterLab Dark")`."""
@@ -63,27 +70,36 @@ class Desk:
     def picture(self, name):
         self.page.screenshot(path=PICTURES / f"{name}.png")
 
-    def close(self):
-        """Close the page and end its kernels."""
-        self.page.close()
+    def clear(self):
+        """Close what is open and end its kernels."""
+        self.command("docmanager:save-all")  # a kernel's name is a change: closing would ask
+        self.command("application:close-all")
+        self.page.wait_for_selector(".jp-Notebook", state="detached")
         for session in json.load(urllib.request.urlopen(f"{self.address}/api/sessions")):
             request = urllib.request.Request(f"{self.address}/api/sessions/{session['id']}", method="DELETE")
             urllib.request.urlopen(request).close()
+        self.wrong.clear()
+
+
+@pytest.fixture(scope="module")
+def window(chromium, lab):
+    """Loaded once: JupyterLab takes longer to come up than most notebooks take to run."""
+    page = chromium.new_page(viewport={"width": 1440, "height": 1000})
+    yield Desk(page, lab)
+    page.close()
 
 
 @pytest.fixture
-def at(chromium, lab):
-    desk = Desk(chromium.new_page(viewport={"width": 1440, "height": 1000}), lab)
-    yield desk
-    desk.close()
+def at(window):
+    yield window
+    window.clear()
 
 
 def test_opens_the_first_notebook_with_the_repository_as_root(at):
-    at.page.goto(at.address)
-    at.page.wait_for_selector(".jp-Notebook .jp-Cell")
     assert at.page.locator(".jp-NotebookPanel h1").inner_text().startswith("Does packing pay")
-    at.page.locator(".jp-BreadCrumbs-home").click()
     names = at.page.locator(".jp-DirListing-itemText")
+    names.filter(has_text=NOTEBOOKS[-1]).wait_for()  # it goes to the notebook's folder by itself, a moment later
+    at.page.locator(".jp-BreadCrumbs-home").click()
     names.filter(has_text="README.md").wait_for()
     assert {"notebooks", "papermill_runs"} <= set(names.all_inner_texts())
 

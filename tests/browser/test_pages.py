@@ -83,11 +83,14 @@ def test_pages_are_readable(book, chromium):
         page.screenshot(path=PICTURES / f"book-{name}-{TELEPHONE}.png", full_page=True)
         page.set_viewport_size({"width": SCREEN, "height": 1000})
         page.screenshot(path=PICTURES / f"book-{name}-{SCREEN}.png", full_page=True)
+        cut_off = page.locator(".output pre").evaluate_all(
+            "all => all.some(one => one.scrollWidth > one.clientWidth + 1)"
+        )
         pale = page.locator("body").evaluate(HARD_TO_READ)
         page.emulate_media(color_scheme="dark")
         dark = page.locator("body").evaluate(HARD_TO_READ)
-        if wide > TELEPHONE or pale or dark:
-            wrong[name] = (wide, pale[:3], dark[:3])
+        if wide > TELEPHONE or cut_off or pale or dark:
+            wrong[name] = (wide, cut_off, pale[:3], dark[:3])
     page.close()
     assert not wrong
 

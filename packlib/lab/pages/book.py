@@ -27,6 +27,7 @@ from packlib.lab.pages import reproduce
 logger = logging.getLogger(__name__)
 FILL_IN = "smoke"  # preset of the notebooks that no run has
 PARAMETERS = {"parameters", "injected-parameters"}  # tags of cells that a run may change
+TEXT_CELL = re.compile(r"<td(?=[^>]*>[^<]*[A-Za-z]{3})(?=[^>]*>(?!NaN<))")  # pandas aligns it as numbers
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 CONFIGURATION = """
 project = "Packing, measured"
@@ -42,13 +43,20 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 """
 STYLE = """
-.content { width: 56em; min-width: 0; }  /* 110 columns of code */
-.sidebar-drawer { width: calc(50% - 37em); }
+.content { width: 61em; min-width: 0; }  /* 120 columns of code */
+.sidebar-drawer { width: calc(50% - 39.5em); }
 .output, p:has(> img:only-child) { overflow-x: auto; }
 .output img { height: auto; max-width: 100%; }
-.output table { border-collapse: collapse; font-size: var(--font-size--small); margin: 0.5rem 0; }
+.output table { border-collapse: collapse; margin: 0.5rem 0; }
+.output table, table:has(th:nth-child(7)) { font-size: var(--font-size--small); }
 .output th, .output td { padding: 0.15rem 0.6rem; text-align: right; }
-@media (max-width: 48em) { .output img, p > img:only-child { max-width: none; width: 44rem; } }
+.output td[data-text] { text-align: left; }
+.alert { margin: 0.5rem 0 1rem; }
+@media (min-width: 48em) { .output pre { white-space: pre-wrap; } }
+@media (max-width: 48em) {
+    .output img, p > img:only-child { max-width: none; width: 44rem; }
+    table:has(th:nth-child(4)) { min-width: 44rem; }  /* its rows else grow as high as a page */
+}
 @media print { .output, pre { overflow: visible; white-space: pre-wrap; } .output table { font-size: 7pt; } }
 """
 
@@ -98,6 +106,8 @@ def _write_pages(folder: Path, runs: list[Path], shown: Mapping[str, Path]) -> N
     reports = [run / "report.md" for run in runs if (run / "report.md").exists()]
     for name, path in shown.items():
         site.add(path, also=root / "notebooks" / f"{name}.ipynb", note=_which_run(path, root / "notebooks"))
+    for path in sorted(path for run in runs for path in run.glob("[0-9]*.ipynb") if path not in shown.values()):
+        site.add(path, note=_which_run(path, root / "notebooks"), listed=False)
     for path in solutions:
         site.add(path, note="A solution as it is in the repository: not run here.")
     for path in [*reports, root / "papermill_runs" / "LOG.md", root / "CONTRIBUTING.md", root / "README.md"]:
@@ -137,9 +147,15 @@ class _Site:
         self.folder, self.root = folder, root
         self.pages: dict[str, str] = {}  # path in the repository -> path of its page
         self.notes: dict[Path, str] = {}
+        self.unlisted: set[Path] = set()
 
-    def add(self, file: Path, *, also: Path | None = None, note: str = "") -> None:
-        """A page. also: another file for which it stands, and where it lies. note: what stands under its title."""
+    def add(self, file: Path, *, also: Path | None = None, note: str = "", listed: bool = True) -> None:
+        """A page. also: another file for which it stands, and where it lies. note: what stands under its title.
+
+        listed: whether the table of contents has it; if not, its run's report links to it.
+        """
+        if not listed:
+            self.unlisted.add(file)
         page = self._name(also or file)
         self.pages[self._name(file)] = self.pages[page] = "index.md" if page == "README.md" else page
         self.notes[file] = note
@@ -161,9 +177,13 @@ class _Site:
 
     def _notebook(self, file: Path, note: str) -> str:
         notebook = nbformat.read(file, 4)
+        notebook.metadata["orphan"] = file in self.unlisted
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = self._linked(cell.source, file)
+            for output in cell.get("outputs", ()):
+                if table := output.get("data", {}).get("text/html"):
+                    output.data["text/html"] = TEXT_CELL.sub("<td data-text", table)
         title, _, rest = notebook.cells[0].source.partition("\n")
         notebook.cells[0].source = f"{title}\n\n*{note}*\n{rest}"
         return nbformat.writes(notebook)

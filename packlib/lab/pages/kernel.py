@@ -26,14 +26,16 @@ class ForkedKernelManager(AsyncKernelManager):
 
     async def start_kernel(self, *, stderr: IO[str], **options: Any) -> None:  # type: ignore[override]
         """stderr: of the process, not of its cells. options: as for `AsyncKernelManager.start_kernel`."""
-        self.provisioner = _Provisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
+        self.provisioner = Provisioner(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
         await super().start_kernel(**options, stderr=stderr)
 
 
-class _Provisioner(LocalProvisioner):
+class Provisioner(LocalProvisioner):
+    """What starts a kernel for its manager: here, by forking it."""
+
     async def launch_kernel(self, cmd: list[str], **options: Any) -> KernelConnectionInfo:
         arguments = cmd[cmd.index("-f") :]
-        output = options["stderr"].fileno()
+        output = options["stderr"].fileno() if options.get("stderr") else 2
         process = forked.start(_serve, arguments, preload=PRELOAD, output=output, environment=options["env"])
         self.process: Any = _Process(process)
         self.pid = self.pgid = process.pid

@@ -179,4 +179,5 @@ def finish(findings: Sequence[str], run: Run) -> None:
 def alarm(doubts: Sequence[str]) -> str:
     """Doubts as a red box, and with a red mark where a page drops colours, as HTML."""
     lines = "<br>".join(f"\U0001f534 {html.escape(doubt)}" for doubt in doubts)
-    return f'<div class="alert alert-block alert-danger" style="color: #b00020"><b>{lines}</b></div>'
+    look = "color: #b00020; background-color: #fff0f0; padding: 0.5em"  # its own ground: it is read in dark, too
+    return f'<div class="alert alert-block alert-danger" style="{look}"><b>{lines}</b></div>'

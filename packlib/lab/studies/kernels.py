@@ -239,10 +239,18 @@ def gain(table: pd.DataFrame, by: str) -> pd.Series:
 
 def timing_table(table: pd.DataFrame) -> pd.DataFrame:
     """Tokens by tokens what each arm takes and does: seconds of a layer, useful FLOP/s, and the ceiling's."""
-    metrics = {"layer_seconds.p50", "useful_flops_per_s", "matmul_flops_ceiling"}
-    shown = table.rename(columns={f"metrics.{name}": name for name in metrics})
-    columns = ["tokens", "arm", "layer_seconds.p50", "useful_flops_per_s", "matmul_flops_ceiling", "status"]
-    return shown[columns].sort_values(["tokens", "arm"])
+    metrics = {
+        "metrics.layer_seconds.p50": "layer (s)",
+        "metrics.useful_flops_per_s": "useful FLOP/s",
+        "metrics.matmul_flops_ceiling": "ceiling (FLOP/s)",
+    }
+    shown = table.sort_values(["tokens", "arm"]).rename(columns=metrics)
+    return shown.assign(arm=shown["arm"].map(arm_label))[["tokens", "arm", *metrics.values(), "status"]]
+
+
+def arm_label(arm: str) -> str:
+    """What readers call an arm."""
+    return ARMS[arm][0]
 
 
 def largest_batch(table: pd.DataFrame) -> pd.DataFrame:
@@ -251,14 +259,14 @@ def largest_batch(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def mask_table(table: pd.DataFrame) -> pd.DataFrame:
-    """What the masks of the largest batch cost: `arm, mask_seconds, mask_share` of a step, `mask_bytes` if T × T."""
+    """What the masks of the largest batch cost: to build and, where T × T, to hold."""
     largest = largest_batch(table)
     shown = {
-        "mask_seconds": largest["metrics.mask_seconds"],
-        "mask_share": largest["metrics.mask_share"],
-        "mask_bytes": (largest["tokens"] ** 2).where(largest.index == "dense_mask"),
+        "seconds": largest["metrics.mask_seconds"],
+        "share of a step": largest["metrics.mask_share"],
+        "bytes": (largest["tokens"] ** 2).where(largest.index == "dense_mask"),
     }
-    return pd.DataFrame(shown).reset_index()
+    return pd.DataFrame(shown).rename(arm_label).reset_index()
 
 
 # Figures

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 from scipy import stats
 
 from packlib.lab import doubts, figures, tables
@@ -132,6 +133,21 @@ def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def display_sizes(by_size: pd.DataFrame) -> Styler:
+    """`batch_size_table` as readers see it: shares in per cent, bytes in GB."""
+    shown = pd.DataFrame(
+        {
+            "examples a batch": by_size["batch_size"],
+            "× padding": by_size["speed_up"],
+            "limit": by_size["limit"],
+            "reached": by_size["reached"],
+            "padding's memory (GB)": by_size["padding_memory_bytes"] / 1e9,
+            "packed memory (GB)": by_size["packed_memory_bytes"] / 1e9,
+        }
+    )
+    return shown.style.hide().format(precision=2, na_rep="–").format("{:.0%}", subset=["reached"], na_rep="–")
+
+
 def like(frame: pd.DataFrame, spec: RunSpec, corpus: str) -> pd.DataFrame:
     """The runs of `frame` on a corpus that share model, rig and attention with a spec."""
     place = (frame["model"] == spec.model) & (frame["corpus"] == corpus) & (frame["kernel"] == spec.kernel)
@@ -154,9 +170,18 @@ def fixed_cost(frame: pd.DataFrame) -> dict[str, float]:
 
 
 def utilization_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Of `tables.against`: how busy the machine was, `tokens_per_s, step_seconds, utilization, optimizer_steps`."""
-    columns = ["corpus", "strategy", "tokens_per_s", "step_seconds", "utilization", "optimizer_steps"]
-    busy = table[columns].assign(corpus=table["corpus"].map(tables.short))
+    """Of `tables.against`: how busy the machine was, with the names that readers see."""
+    columns = {
+        "corpus": "corpus",
+        "strategy": "batching",
+        "tokens_per_s": "real tokens/s",
+        "step_seconds": "step (s)",
+        "utilization": "utilization",
+        "optimizer_steps": "optimiser steps",
+    }
+    named = [tables.arm_label(*arm) for arm in zip(table["strategy"], table["kernel"])]
+    shown = table.assign(corpus=table["corpus"].map(tables.short), strategy=named)
+    busy = shown[list(columns)].rename(columns=columns)
     busy.insert(0, "model", tables.named_models(table["model"], table["rig"]))
     return busy
 
@@ -175,7 +200,8 @@ def memory_bars(table: pd.DataFrame, model: str) -> Picture:
     title = f"{model}: peak memory"
     groups = list(dict.fromkeys(table["corpus"]))
     arms = list(dict.fromkeys(zip(table["strategy"], table["kernel"])))
-    figure, axes = figures.new(5.6 * len(groups) + 1.6, 0.5 * len(arms) + 1.6, title, len(groups), sharey=True)
+    width = figures.panels_width(len(groups))
+    figure, axes = figures.new(width, 0.5 * len(arms) + 1.6, title, len(groups), sharey=True)
     for ax, group in zip(axes, groups):
         gigabytes = table[table["corpus"] == group].set_index(["strategy", "kernel"])["peak_memory_bytes"] / 1e9
         for y, arm in enumerate(arms):

@@ -129,7 +129,7 @@ def tokenizer_effect(table: pd.DataFrame) -> str:
     few, many = (table.loc[place] for place in (table["vocabulary"].idxmin(), table["vocabulary"].idxmax()))
 
     def change(name: str) -> str:
-        return f"{many[name] / few[name] - 1:+.0%}"
+        return f"{round(many[name] / few[name] - 1, 2) + 0.0:+.0%}"  # no -0%
 
     return (
         f"From {few['tokenizer']} to {many['tokenizer']} the text shrinks by {1 - many['tokens'] / few['tokens']:.0%}, "

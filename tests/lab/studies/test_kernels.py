@@ -141,7 +141,7 @@ def test_tables_and_findings_are_those_of_the_records(timed):
     table = kernels.timing_table(timed)
     assert table["tokens"].is_monotonic_increasing and "oom" in set(table["status"])
     masks = kernels.mask_table(timed).set_index("arm")
-    assert masks.loc["dense_mask", "mask_bytes"] == 2048**2 and masks["mask_bytes"].notna().sum() == 1
+    assert masks.loc["packed, SDPA with a dense mask", "bytes"] == 2048**2 and masks["bytes"].notna().sum() == 1
     said = kernels.findings(timed, "heavy_tail", "cpu")
     assert said[0].startswith("2048 tokens of heavy_tail lengths on cpu, waste 2.50: varlen does 4.00 times")
     assert said[0].endswith("40.0% of the measured ceiling.") and "25.0% of a step of 16 layers" in said[-1]

@@ -1,6 +1,7 @@
 """The arms of notebook 06 and what it says of them, from made-up records whose answers are known."""
 
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -189,6 +190,16 @@ def test_figures_and_line_are_of_the_first_rig():
 def test_the_machine_s_use_is_named_by_rig():
     frame = pd.DataFrame([rigged(), rigged(rate=200, liger=True)])
     assert throughput.utilization_table(tables.against(frame))["model"].tolist() == ["tiny-llama", "tiny-llama+liger"]
+
+
+def test_readers_see_words_and_gigabytes():
+    table = pd.DataFrame(
+        {"batch_size": [1, 4], "speed_up": [1.1, 1.5], "limit": [1.0, 2.0], "reached": [float("nan"), 0.5]}
+        | {"padding_memory_bytes": [2e9, 4e9], "packed_memory_bytes": [2e9, 3e9]}
+    )
+    assert throughput.display_sizes(table).to_html(exclude_styles=True).count("_") == 0
+    told = re.findall(r">([^<\s]+)</td>", throughput.display_sizes(table).to_html())
+    assert told[6:] == ["4", "1.50", "2.00", "50%", "4.00", "3.00"]
 
 
 def test_memory_bars_are_in_gigabytes():
