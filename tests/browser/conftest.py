@@ -27,6 +27,7 @@ try:
 except ImportError:  # installed by `make browser`
     collect_ignore_glob = ["test_*.py"]
 
+collect_ignore = ["kernels.py"]  # it is JupyterLab's: imported, it starts a server
 ROOT = records.project_root()
 PICTURES = ROOT / "build" / "browser"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
