@@ -13,6 +13,7 @@ from packlib.isolation import check_isolation
 from packlib.lab import records
 from packlib.lab.small_models import small_model
 from packlib.lab.studies import isolation
+from packlib.losses import WEIGHTINGS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,7 +136,7 @@ def test_weights_of_the_loss_are_those_of_the_examples():
     examples = isolation.weighed_examples(seed=1)
     assert [len(example["input_ids"]) for example in examples] == list(isolation.WEIGHED)
     equal = isolation.equivalence("llama", examples)
-    assert equal["weighting"].tolist() == ["per_token", "per_example"] and equal["gradient_error"].max() < 1e-4
+    assert equal["weighting"].tolist() == list(WEIGHTINGS) and equal["gradient_error"].max() < 1e-4
     weights = isolation.weightings("llama", examples)
     for weighting in ("per_token", "per_example"):
         mean = (weights["loss"] * weights[f"weight {weighting.replace('_', ' ')}"]).sum()

@@ -115,7 +115,7 @@ def test_it_is_measured_and_in_every_table(folder, frame):
     assert f"| {OWN.label} |" in report.headline(folder)
     assert tables.table_2_rows(frame.iloc[1]) == frame["plan.rows"].iloc[1]
     busy = throughput.utilization_table(table.reset_index())
-    assert OWN.name in set(busy["strategy"])
+    assert OWN.label in set(busy["batching"])
     said = throughput.findings(table.reset_index(), pd.DataFrame(), throughput.fixed_cost(frame), frame)
     assert any(OWN.label in sentence for sentence in said)
 
