@@ -66,7 +66,7 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
         if content is None and records.find_record(folder, spec.spec_id, None) is None:
             raise FileNotFoundError(f"corpus {spec.corpus!r} is not here, and {spec.strategy} has no record on it")
     until = float(os.environ.get(UNTIL, "inf"))
-    longest, done = 0.0, []
+    longest, kept, done = 0.0, 0, []
     for i, spec in enumerate(specs):
         content = contents[spec.corpus, spec.tokenizer]
         record = records.find_record(folder, spec.spec_id, content)
@@ -75,7 +75,7 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
             records.supersede(folder, record)
             record = None
         if record:
-            progress(f"{title}: has a record")
+            kept += 1
             done.append(record)
         elif content is None:
             raise FileNotFoundError(f"corpus {spec.corpus!r} is not here, and {spec.strategy} failed on it before")
@@ -85,6 +85,8 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
             started = time.monotonic()
             done.append(_run_one(spec, records.run_id_on(spec.spec_id, content), folder, _titled(progress, title)))
             longest = max(longest, time.monotonic() - started)
+    if kept:
+        progress(f"{kept} of {len(specs)} arms had a record")
     if left := len(specs) - len(done):
         raise OutOfTime(f"{left} of {len(specs)} arms are left for the next call")
     if len(done) > 1 and all(record["status"] == "failed" for record in done):
