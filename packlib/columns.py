@@ -19,6 +19,8 @@ CUMULATIVE = ("cu_seqlens", "cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k")  # 
 BOUNDARIES = (LENGTHS, POSITIONS, *SEGMENT_NUMBERS, *CUMULATIVE)
 LOSS_MASKS = ("completion_mask", "assistant_masks", "assistant_mask", "loss_mask")  # 1 where a token carries loss
 
+SEGMENT = ("example", "start", "stop")  # of a plan: tokens start to stop of an example
+
 _CLASSES = "a class or span of the example: only next-token loss is computed"
 _WEIGHTS = "a weight of the loss: weigh with packlib.losses"
 _INPUTS = "an input of the model that is not packed"

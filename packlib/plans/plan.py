@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from packlib.atomic import atomic_write
+from packlib.columns import SEGMENT
 from packlib.plans.lengths import (
     Layout,
     Lengths,
@@ -302,7 +303,7 @@ class Plan:
         with np.load(path, allow_pickle=False) as file:
             meta = json.loads(str(file["meta"]))
             sha256 = meta.pop("sha256")
-            plan = cls(**{name: file[name] for name in ("row_splits", "example", "start", "stop")}, **meta)
+            plan = cls(**{name: file[name] for name in ("row_splits", *SEGMENT)}, **meta)
         if plan.sha256 != sha256:
             raise ValueError(f"{path} was changed: its plan has hash {plan.sha256[:12]}, saved was {sha256[:12]}")
         for name, expected in {"max_tokens": max_tokens, "data": data}.items():

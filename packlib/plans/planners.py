@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from packlib.columns import SEGMENT
 from packlib.plans import packing
 from packlib.plans.lengths import (
     Layout,
@@ -30,8 +31,6 @@ from packlib.plans.lengths import (
 )
 from packlib.plans.packing import Columns, Rule, Segments
 from packlib.plans.plan import Plan
-
-COLUMNS = ("example", "start", "stop")  # of a plan's segments
 
 
 @dataclass(frozen=True)
@@ -365,7 +364,7 @@ def constant_examples(plan: Plan, examples: int, *, seed: int = 0, split_rows: b
     order = np.concatenate([steps.example[full], steps.example[~full]])
     index, splits = packing.select_rows(splits, order)
     edges = np.union1d(splits, np.arange(0, segments, examples))
-    regrouped = replace(plan, row_splits=edges, **{name: getattr(plan, name)[index] for name in COLUMNS})
+    regrouped = replace(plan, row_splits=edges, **{name: getattr(plan, name)[index] for name in SEGMENT})
     # 4. Steps in random order.
     ends = np.append(np.arange(0, segments, examples), segments)
     rows, step_splits = packing.select_rows(

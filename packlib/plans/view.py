@@ -17,14 +17,12 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from packlib.columns import LENGTHS, POSITIONS, refuse
+from packlib.columns import LENGTHS, POSITIONS, SEGMENT, refuse
 from packlib.features import READ, packed_row, sliced, token_values
 from packlib.plans.rows import lengths_of
 
 if TYPE_CHECKING:
     from packlib.plans.plan import Plan
-
-_PLAN = ("example", "start", "stop")
 
 
 class ArrowExamples:
@@ -153,7 +151,7 @@ class PackedView(Dataset):
 
     def __getitems__(self, keys: list) -> list:
         segments = self._getitem([int(key) for key in keys])
-        return [self._row(dict(zip(_PLAN, row))) for row in zip(*(segments[name] for name in _PLAN))]
+        return [self._row(dict(zip(SEGMENT, row))) for row in zip(*(segments[name] for name in SEGMENT))]
 
     def __iter__(self) -> Iterator[Any]:
         return map(self.__getitem__, range(len(self)))
@@ -250,7 +248,7 @@ def view(
     refuse(names, "the data set")
     # 3. The plan, as a table.
     splits = pa.array(plan.row_splits)
-    table = pa.table({name: pa.LargeListArray.from_arrays(splits, pa.array(getattr(plan, name))) for name in _PLAN})
+    table = pa.table({name: pa.LargeListArray.from_arrays(splits, pa.array(getattr(plan, name))) for name in SEGMENT})
     kept = [name for name in names if name in ("input_ids", "labels", *further)]
     columns_of_rows = tuple(dict.fromkeys((*kept, "labels", POSITIONS, LENGTHS)))  # in the order of the table
     made = PackedView.of(table, examples, columns_of_rows, aligned, plan.sha256)

@@ -322,17 +322,24 @@ def causes(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _advice(cause: Cause, row: Mapping[str, Any]) -> str:
+def verdict(row: Mapping[str, Any]) -> str:
+    """What an interval (`difference, low, high, n`) says: a cost, a gain, the same, undecided; empty for one seed."""
     if row["n"] < 2:
-        return f"{tell(row)}; measure more seeds."
-    if_cost, if_none = cause.advice
+        return ""
     if row["low"] > 0 and row["difference"] > NEGLIGIBLE:
-        return f"a cost, {tell(row)}; {if_cost}."
+        return "a cost"
     if row["high"] < 0 and row["difference"] < -NEGLIGIBLE:
-        return f"a gain, {tell(row)}; {if_none}."
+        return "a gain"
     if max(abs(row["low"]), abs(row["high"])) < EQUAL:
-        return f"the same within {EQUAL} nats, {tell(row)}; {if_none}."
-    return f"undecided, {tell(row)}; measure more seeds."
+        return f"the same within {EQUAL} nats"
+    return "undecided"
+
+
+def _advice(cause: Cause, row: Mapping[str, Any]) -> str:
+    if_cost, if_none = cause.advice
+    found = verdict(row)
+    what = {"": "measure more seeds", "undecided": "measure more seeds", "a cost": if_cost}.get(found, if_none)
+    return f"{found}{', ' if found else ''}{tell(row)}; {what}."
 
 
 def tell(row: Mapping[str, Any]) -> str:

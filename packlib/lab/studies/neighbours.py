@@ -18,9 +18,7 @@ import pandas as pd
 from packlib.lab import figures
 from packlib.lab.figures import Picture
 from packlib.lab.studies.convergence import (
-    EQUAL,
     FIXED,
-    NEGLIGIBLE,
     POSID,
     STEPS,
     Arm,
@@ -30,6 +28,7 @@ from packlib.lab.studies.convergence import (
     exact_matches,
     read_setting,
     tell,
+    verdict,
 )
 
 OWN = {"rows_per_step", "seeds"}
@@ -97,12 +96,5 @@ def findings(found: pd.DataFrame) -> list[str]:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    if row["n"] < 2:
-        return f"{tell(row)}; measure more seeds"
-    if row["low"] > 0 and row["difference"] > NEGLIGIBLE:
-        return f"a cost, {tell(row)}"
-    if row["high"] < 0 and row["difference"] < -NEGLIGIBLE:
-        return f"a gain, {tell(row)}"
-    if max(abs(row["low"]), abs(row["high"])) < EQUAL:
-        return f"the same within {EQUAL} nats, {tell(row)}"
-    return f"undecided, {tell(row)}"
+    found = verdict(row)
+    return f"{found}, {tell(row)}" if found else f"{tell(row)}; measure more seeds"

@@ -18,11 +18,11 @@ import pandas as pd
 from packlib.lab import figures, tables
 from packlib.lab.figures import Picture
 from packlib.lab.runs.spec import RunSpec
+from packlib.lab.strategies import get_strategy
 from packlib.lab.studies import ladder
 from packlib.lab.studies.ladder import Arm, Record, Rung
 
 REFERENCE = Rung("float32", "the lowest rung in float32: what the others round", beside=True)
-OTHER_ROUNDING = "float8"  # a rung that is meant to compute something else
 SLACK = 2.0  # times the lowest rung's own distance from float32
 
 
@@ -42,7 +42,8 @@ def arms(
         raise ValueError("dtype = 'float32' leaves nothing to compare with float32; expected bfloat16 or bf16_mixed")
     found = []
     for climb in climbs:
-        rungs = [arm for arm in ladder.arms(base, climb, keep=keep, gpu=gpu) if arm.rung.name != OTHER_ROUNDING]
+        every = ladder.arms(base, climb, keep=keep, gpu=gpu)
+        rungs = [arm for arm in every if not arm.spec.rig.float8]  # that one is meant to round more
         lowest = next(arm for arm in rungs if not arm.rung.beside)
         found += [Arm(climb, REFERENCE, replace(lowest.spec, dtype="float32")), *rungs]
     return found
@@ -86,7 +87,7 @@ def losses(arms: Sequence[Arm], records: Sequence[Record | None]) -> dict[tuple[
 
 
 def _other_examples(arm: Arm) -> bool:
-    return arm.spec.strategy == "trl_packing_bfd"
+    return get_strategy(arm.spec.strategy).packed_by_trl
 
 
 def display_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -147,7 +148,7 @@ def _verdict(numbers: pd.DataFrame) -> str:
 def findings(numbers: pd.DataFrame) -> list[str]:
     """Sentences of notebook 08, every number from `table`."""
     return [
-        f"Over {rows['steps'].max()} steps of a pretrained model, {climb}: {_verdict(rows)}."
+        f"Over {rows['steps'].max()} steps of {climb} in training: {_verdict(rows)}."
         for climb, rows in numbers.groupby("climb", sort=False)
         if rows["mean_difference"].notna().any()
     ]

@@ -52,7 +52,7 @@ def test_rungs_that_learn_the_same_are_said_to(tmp_path):
     arms, found = measured(tmp_path, {"fused loss": 1.9e-3})
     (said,) = parity.findings(parity.table(arms, found))
     assert said == (
-        "Over 4 steps of a pretrained model, mini-batches: 'padded, SDPA' is 1.0e-03 nats from float32 in the mean, "
+        "Over 4 steps of mini-batches in training: 'padded, SDPA' is 1.0e-03 nats from float32 in the mean, "
         "the 8 rungs above it at most 1.9e-03."
     )
     assert list(parity.display_table(parity.table(arms, found))["climb"].unique()) == [MINI_BATCHES, ""]
