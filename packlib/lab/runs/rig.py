@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
@@ -47,6 +50,7 @@ def prepare(model: PreTrainedModel, rig: Rig, *, weighting: str = "per_token", o
         compile_layers(model, dynamic=not one_shape)
     if rig.budget is not None:
         torch._functorch.config.activation_memory_budget = rig.budget
+        torch._inductor.config.joint_custom_pre_pass = KeepAttention()
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -62,6 +66,23 @@ def compile_layers(model: nn.Module, *, dynamic: bool) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in decoder_layers(model):
         layer.compile(dynamic=dynamic)
+
+
+class KeepAttention(CustomGraphPass):
+    """Attention's output is kept for backward, whatever the budget.
+
+    An operator of which PyTorch knows no FLOPs is free to be computed again in its eyes, and varlen attention is dear.
+    """
+
+    operators = ("packlib::sdpa_segments", "torch_attn::_varlen_attn", "flash_attn::_flash_attn_varlen_forward")
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for node in graph.nodes:
+            if isinstance(node.target, OpOverload) and node.target.name().split(".")[0] in self.operators:
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+    def uuid(self) -> str:
+        return f"{type(self).__qualname__} of {', '.join(self.operators)}"
 
 
 def quantize_products(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from packlib.lab.figures import Picture
 from packlib.lab.parameters import unknown_name
 from packlib.lab.runs import experiment
 from packlib.lab.runs.spec import RunSpec
+from packlib.lab.strategies import get_strategy
 
 Record = Mapping[str, Any]
 MINI_BATCHES, FULL_ROWS = "mini-batches", "full rows"
@@ -168,6 +169,14 @@ CLIMBS: dict[str, tuple[Rung, ...]] = {
             gpu=True,
         ),
         Rung(
+            "smaller micro-batches",
+            "rows half as large, twice as many a step: the same memory keeps twice the share of their activations",
+            {"halved": True, "rig": {"recompute": "keep twice", "pad_to": "row"}},
+            host=2.0,
+            device=0.95,
+            gpu=True,
+        ),
+        Rung(
             "float8",
             "matrix products of the layers in half the width, at twice the rate on paper",
             {"rig": {"float8": True}},
@@ -200,7 +209,7 @@ def arms(
         base: model, corpus, sizes, steps; its rig is what all rungs have besides their own (adapters, say).
         rungs: names of those to run; empty: all. What a rung changes stays for the rungs above it, run or not.
         keep: `recompute` from the rung of less recomputation on: what the memory allows.
-        gpu: whether there is one; without, rungs that need it are left out.
+        gpu: whether there is one; without, rungs that need it are left out. So is halving an odd `batch_size`.
 
     Raises `ValueError` for an unknown climb or rung, listing the known ones.
     """
@@ -213,9 +222,9 @@ def arms(
     found, here = [], base
     path: tuple[Rung, ...] = ()
     for rung in CLIMBS[climb]:
-        spec = _changed(here, rung.fields, keep)
-        if rung.gpu and not gpu:
+        if (rung.gpu and not gpu) or (rung.fields.get("halved") and here.batch_size % 2):
             continue
+        spec = _changed(here, rung.fields, keep)
         if not rung.beside:
             here, path = spec, (*path, rung)
         if not rungs or rung.name in rungs:
@@ -238,16 +247,29 @@ def every_arm(base: RunSpec, climbs: Iterable[Mapping[str, Any]], *, gpu: bool =
 
 
 def _changed(spec: RunSpec, fields: Mapping[str, Any], keep: str | float) -> RunSpec:
-    """The spec with a rung's fields; `merged` makes one micro-batch of a step's, `pad_to: row` is a row's capacity."""
-    plain = {name: value for name, value in fields.items() if name not in ("rig", "merged")}
-    rig = dict(fields.get("rig", {}))
-    if rig.get("pad_to") == "row":
-        rig["pad_to"] = spec.batch_size * spec.max_tokens
-    if rig.get("recompute") == "keep":
-        rig["recompute"] = keep
+    """The spec with a rung's fields; `merged` makes one micro-batch of a step's, `halved` two of one.
+
+    Of its rig, `pad_to: row` is a micro-batch's capacity, `recompute: keep` what is given, `keep twice` the double.
+    """
+    plain = {name: value for name, value in fields.items() if name not in ("rig", "merged", "halved")}
     if fields.get("merged"):
         plain |= {"batch_size": spec.batch_size * spec.gradient_accumulation, "gradient_accumulation": 1}
+    if fields.get("halved"):
+        plain |= {"batch_size": spec.batch_size // 2, "gradient_accumulation": spec.gradient_accumulation * 2}
+    rig = dict(fields.get("rig", {}))
+    if rig.get("pad_to") == "row":
+        rig["pad_to"] = plain.get("batch_size", spec.batch_size) * spec.max_tokens
+    if rig.get("recompute") == "keep":
+        rig["recompute"] = keep
+    if rig.get("recompute") == "keep twice":
+        rig["recompute"] = 2 * keep if isinstance(keep, float) and 2 * keep < 1 else "none"
     return replace(spec, rig=replace(spec.rig, **rig), **plain)
+
+
+def same_examples(one: RunSpec, other: RunSpec) -> bool:
+    """Whether steps of two runs of a climb hold the same examples; rows filled to a batch's capacity change with it."""
+    filled = any(get_strategy(spec.strategy).size == "batch" for spec in (one, other))
+    return not filled or one.batch_size * one.max_tokens == other.batch_size * other.max_tokens
 
 
 # What was measured
@@ -279,25 +301,25 @@ def climb_table(arms: Sequence[Arm], records: Sequence[Record | None]) -> pd.Dat
     20th and 80th percentile of steps), `limit` (tokens/s that the device allows), `share` of it; `step_seconds` (mean);
     of the one step that was profiled `host_seconds, kernel_seconds, launches, waiting` (share of it without a kernel);
     `peak_memory_bytes`; `loss_difference, grad_norm_difference`: relative, the largest over the steps, from those of
-    the finished rung below, which trains on the same examples. What there is none of is NaN.
+    the finished rung below, where it trains on the same examples. What there is none of is NaN.
     """
     rows = []
-    below: dict[tuple, tuple[Record, int]] = {}  # of each climb: the last finished rung, and how many led there
+    below: dict[tuple, tuple[Record, Arm]] = {}  # of each climb: the last finished rung
     for arm, record in zip(arms, records):
         rung, way = arm.rung, (arm.climb, arm.spec.corpus, arm.spec.rig.lora_rank)
-        before, climbed = below.get(way, (None, 0))
+        before, reached = below.get(way, (None, None))
         row = {"climb": arm.climb, "corpus": arm.spec.corpus, "lora_rank": arm.spec.rig.lora_rank or 0}
         row |= {"rung": rung.name, "beside": rung.beside, "status": record["status"] if record else NOT_MEASURED}
         row |= {"error": record["error"] if record else None} | dict.fromkeys(NUMBERS, math.nan)
-        if before and not rung.beside:
-            row["predicted"] = _predicted_rate(before["metrics"], arm.path[climbed:])
+        if before and reached and not rung.beside:
+            row["predicted"] = _predicted_rate(before["metrics"], arm.path[len(reached.path) :])
         if record and record["status"] == "ok":
             row |= _measured(record["metrics"])
-            if before:
+            if before and reached and same_examples(arm.spec, reached.spec):
                 row["loss_difference"] = _apart(record, before, "loss")
                 row["grad_norm_difference"] = _apart(record, before, "grad_norm")
             if not rung.beside:
-                below[way] = record, len(arm.path)
+                below[way] = record, arm
         rows.append(row)
     return pd.DataFrame(rows)
 

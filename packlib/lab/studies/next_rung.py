@@ -84,9 +84,10 @@ def next_rung(
             way.base, batch_size=batch_size, max_tokens=max_tokens, gradient_accumulation=gradient_accumulation
         )
         specs = {arm.rung.name: arm.spec for arm in ladder.arms(base, climb, keep=way.keep)}
-        rates = [_foreseen_rate(run, *_work_of(specs[name], kept)) for name, run in way.climbed.items()]
+        climbed = {name: run for name, run in way.climbed.items() if name in specs}  # an odd batch cannot be halved
+        rates = [_foreseen_rate(run, *_work_of(specs[name], kept)) for name, run in climbed.items()]
         gains = [None, *(above / under for under, above in itertools.pairwise(rates))]
-        rungs += [Foreseen(climb, *each) for each in zip(way.climbed, rates, gains)]
+        rungs += [Foreseen(climb, *each) for each in zip(climbed, rates, gains)]
     if all(rung.gain is None for rung in rungs):
         raise ValueError("no climb has two finished rungs among these records; run notebook 08 first, or name its run")
     devices = {run["environment"]["device"] for way in longest.values() for run in way.climbed.values()}

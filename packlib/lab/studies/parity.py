@@ -29,7 +29,7 @@ SLACK = 2.0  # times the lowest rung's own distance from float32
 def arms(
     base: RunSpec, climbs: Iterable[str] = (), *, keep: str | float = "none", gpu: bool = True, **fields: Any
 ) -> list[Arm]:
-    """The rungs of each climb, the lowest one in float32 first; nothing without climbs.
+    """The rungs of each climb that train on its examples, the lowest one in float32 first; nothing without climbs.
 
     base: sizes and steps; fields: those that differ, such as a pretrained model, its corpus, and the dtype of all
     rungs. keep: as in `ladder.arms`. Raises `ValueError` for an unknown climb, and where the dtype is float32 already.
@@ -43,8 +43,9 @@ def arms(
     found = []
     for climb in climbs:
         every = ladder.arms(base, climb, keep=keep, gpu=gpu)
-        rungs = [arm for arm in every if not arm.spec.rig.float8]  # that one is meant to round more
-        lowest = next(arm for arm in rungs if not arm.rung.beside)
+        lowest = next(arm for arm in every if not arm.rung.beside)
+        alike = [arm for arm in every if ladder.same_examples(arm.spec, lowest.spec)]
+        rungs = [arm for arm in alike if not arm.spec.rig.float8]  # that one is meant to round more
         found += [Arm(climb, REFERENCE, replace(lowest.spec, dtype="float32")), *rungs]
     return found
 

@@ -7,9 +7,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from functorch.compile import min_cut_rematerialization_partition, nop
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from packlib.attention import register_attention
+from packlib.attention import kernels, register_attention
 from packlib.collators import FlatteningCollator
 from packlib.lab import models
 from packlib.lab.data.corpora import load_corpus
@@ -308,6 +310,45 @@ def test_a_budget_keeps_less_for_backward(graphs_only):
         return sum(sizes)
 
     assert kept(0.01) < kept(0.5) < kept("none")
+
+
+def attention_calls(monkeypatch, **options):
+    """How often two compiled layers run attention's forward in forward, and in forward and backward together."""
+    calls, run = [], kernels._sdpa
+    monkeypatch.setattr(kernels, "_sdpa", lambda *a: calls.append(1) or run(*a))
+    torch._dynamo.reset()
+    model = models.build_model(
+        "tiny-llama", layers=2, vocab_size=64, seed=3, attn_implementation=register_attention("sdpa")
+    )
+    for layer in rig.decoder_layers(model):
+        layer.compile(dynamic=False, **options)
+    loss = model(**packed((9, 4, 14))).loss
+    forward = len(calls)
+    loss.backward()
+    torch._dynamo.reset()
+    return forward, len(calls)
+
+
+@pytest.mark.parametrize(("kept", "expected"), [(True, (2, 2)), (False, (2, 4))])
+def test_attention_is_not_computed_again_within_a_budget(kept, expected, monkeypatch):
+    """Unasked, PyTorch computes it again: it knows no FLOPs of the operator (the negative control)."""
+
+    def cut(joint, inputs, **options):
+        if kept:
+            rig.KeepAttention()(joint.graph)
+        return min_cut_rematerialization_partition(joint, inputs, **options)
+
+    backend = aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=cut)
+    with torch._functorch.config.patch(activation_memory_budget=0.2):
+        assert attention_calls(monkeypatch, backend=backend) == expected
+
+
+@pytest.mark.slow
+def test_inductor_keeps_attention_within_a_budget(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    monkeypatch.setattr(torch._inductor.config, "joint_custom_pre_pass", rig.KeepAttention())
+    with torch._functorch.config.patch(activation_memory_budget=0.2):
+        assert attention_calls(monkeypatch) == (2, 2)
 
 
 # Shapes

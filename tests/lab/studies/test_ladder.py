@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from packlib.lab import records
@@ -71,6 +72,22 @@ def test_a_rung_keeps_what_the_rungs_below_it_changed():
     assert arms["TRL padding_free"].rig == arms["flattened"].rig == Rig(recompute="all")
     rows = {arm.rung.name: arm.spec for arm in ladder.arms(BASE, FULL_ROWS)}
     assert rows["compiled layers"].rig.pad_to == BASE.batch_size * BASE.max_tokens
+    halved = {arm.rung.name: arm.spec for arm in ladder.arms(BASE, FULL_ROWS, keep=0.2)}["smaller micro-batches"]
+    assert (halved.batch_size, halved.gradient_accumulation) == (2, 2 * BASE.gradient_accumulation)
+    assert (halved.rig.pad_to, halved.rig.recompute) == (2 * BASE.max_tokens, 0.4)
+    whole = ladder.arms(BASE, FULL_ROWS, ["smaller micro-batches"], keep=0.5)[0].spec
+    assert whole.rig.recompute == "none", "twice a half is everything"
+    assert "smaller micro-batches" not in names(ladder.arms(replace(BASE, batch_size=3), FULL_ROWS))
+
+
+def test_losses_are_compared_on_the_same_examples_only():
+    arms = ladder.arms(BASE, FULL_ROWS, ["lean optimiser", "smaller micro-batches", "float8"])
+    found = [{"status": "ok", "error": None} | made(1000.0, losses=(2.0, 1.0 + i / 10)) for i in range(3)]
+    table = ladder.climb_table(arms, found).set_index("rung")
+    assert np.isnan(table.loc["smaller micro-batches", "loss_difference"]), "its rows hold other examples"
+    assert table.loc["float8", "loss_difference"] == pytest.approx(1.2 / 1.1 - 1)
+    without = ladder.climb_table([arms[0], arms[2]], [found[0], found[2]]).set_index("rung")
+    assert np.isnan(without.loc["float8", "loss_difference"]), "the rung below it is a larger one now"
 
 
 def test_rungs_that_are_left_out_are_stepped_over():
@@ -89,13 +106,13 @@ def test_rungs_that_are_left_out_are_stepped_over():
 def test_several_climbs_and_adapters():
     climbs = [
         {"corpus": "a.npz", "rungs": ["flattened"]},
-        {"climb": FULL_ROWS, "rungs": ["float8"], "keep": 0.3, "steps": 9},
+        {"climb": FULL_ROWS, "rungs": ["lean optimiser"], "keep": 0.3, "steps": 9},
         {"rungs": ["flattened"], "rig": {"lora_rank": 4}},
     ]
     arms = ladder.every_arm(BASE, climbs)
     assert [(a.climb, a.rung.name, a.spec.corpus, a.spec.steps, a.spec.rig.lora_rank) for a in arms] == [
         (MINI_BATCHES, "flattened", "a.npz", 5, None),
-        (FULL_ROWS, "float8", "corpus.npz", 9, None),
+        (FULL_ROWS, "lean optimiser", "corpus.npz", 9, None),
         (MINI_BATCHES, "flattened", "corpus.npz", 5, 4),
     ]
     assert arms[1].spec.rig.recompute == 0.3
