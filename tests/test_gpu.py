@@ -10,7 +10,10 @@ from packlib.attention import flash_stand_in, kernel_table, register_attention, 
 from packlib.attention.kernels import FLASH_ATTN
 from packlib.collators import FlatteningCollator, PaddingCollator
 from packlib.isolation import check_isolation
+from packlib.lab import models
+from packlib.lab.runs import rig
 from packlib.lab.runs.rig import GraphedMicroBatches, fuse_layers
+from packlib.lab.runs.spec import Rig
 from packlib.lab.small_models import small_config, small_model
 from packlib.losses import token_weights, weighted_loss
 from tests.attention.cases import LENGTHS, boundaries, features, packed, random_qkv, run, worst
@@ -217,3 +220,26 @@ def test_graphs_leave_the_gradients_of_eager_micro_batches(add):
             torch.testing.assert_close(p.grad, gradient)
         if add:
             torch._foreach_zero_([p.grad for p in trained])
+
+
+@pytest.mark.parametrize(("float8", "allowed"), [(False, 0.05), (True, 0.3)], ids=["bfloat16", "float8"])
+def test_a_budget_leaves_the_gradients_of_eager_layers(float8, allowed):
+    """Every parameter's gradient, not their norm alone: with attention's output kept, float8's were wrong (LOG.md)."""
+    if float8:
+        pytest.importorskip("torchao")
+    options = {"layers": 2, "dtype": torch.bfloat16, "device": "cuda", "seed": 0}
+    examples = [{"input_ids": [(7 * i + n) % 1000 for i in range(n)]} for n in (700, 1500, 90, 1300)]
+    batch = FlatteningCollator(pad_to_multiple_of=4096, pad_segments_to=8, max_seqlen_multiple_of=2048)(examples)
+    batch = {key: value.to("cuda") if torch.is_tensor(value) else value for key, value in batch.items()}
+    found = []
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(activation_memory_budget=1.0):
+        for how in (None, Rig(compile="layers", recompute=0.2, float8=float8)):
+            model = models.build_model("mistral-7b", attn_implementation=register_attention("auto"), **options).train()
+            if how:
+                rig.prepare(model, how, one_shape=True)
+            model(**batch, use_cache=False).loss.backward()
+            found.append({name: p.grad.float() for name, p in model.named_parameters()})
+    torch._inductor.config.joint_custom_pre_pass = None
+    apart = {name: float((found[1][name] - eager).norm() / eager.norm()) for name, eager in found[0].items()}
+    assert max(apart.values()) <= allowed, {name: value for name, value in apart.items() if value > allowed}

@@ -50,7 +50,8 @@ def prepare(model: PreTrainedModel, rig: Rig, *, weighting: str = "per_token", o
         compile_layers(model, dynamic=not one_shape)
     if rig.budget is not None:
         torch._functorch.config.activation_memory_budget = rig.budget
-        torch._inductor.config.joint_custom_pre_pass = KeepAttention()
+        if not rig.float8:  # there, on an H100, gradients were wrong with it (LOG.md)
+            torch._inductor.config.joint_custom_pre_pass = KeepAttention()
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -171,15 +171,15 @@ CLIMBS: dict[str, tuple[Rung, ...]] = {
         Rung(
             "smaller micro-batches",
             "rows half as large, twice as many a step: the same memory keeps twice the share of their activations",
-            {"halved": True, "rig": {"recompute": "keep twice", "pad_to": "row"}},
-            host=2.0,
+            {"parts": 2, "rig": {"recompute": "keep twice", "pad_to": "row"}},
             device=0.95,
             gpu=True,
         ),
         Rung(
             "float8",
-            "matrix products of the layers in half the width, at twice the rate on paper",
-            {"rig": {"float8": True}},
+            "matrix products in half the width, at twice the rate on paper; in whole rows again, as every micro-batch "
+            "casts the weights",
+            {"parts": 1, "rig": {"float8": True, "recompute": "keep", "pad_to": "row"}},
             device=0.75,
             gpu=True,
         ),
@@ -222,9 +222,9 @@ def arms(
     found, here = [], base
     path: tuple[Rung, ...] = ()
     for rung in CLIMBS[climb]:
-        if (rung.gpu and not gpu) or (rung.fields.get("halved") and here.batch_size % 2):
+        if (rung.gpu and not gpu) or base.batch_size % rung.fields.get("parts", 1):
             continue
-        spec = _changed(here, rung.fields, keep)
+        spec = _changed(here, rung.fields, keep, base)
         if not rung.beside:
             here, path = spec, (*path, rung)
         if not rungs or rung.name in rungs:
@@ -246,23 +246,21 @@ def every_arm(base: RunSpec, climbs: Iterable[Mapping[str, Any]], *, gpu: bool =
     return found
 
 
-def _changed(spec: RunSpec, fields: Mapping[str, Any], keep: str | float) -> RunSpec:
-    """The spec with a rung's fields; `merged` makes one micro-batch of a step's, `halved` two of one.
+def _changed(spec: RunSpec, fields: Mapping[str, Any], keep: str | float, base: RunSpec) -> RunSpec:
+    """The spec with a rung's fields. `merged`: one micro-batch of a step's; `parts`: so many of each of base's.
 
     Of its rig, `pad_to: row` is a micro-batch's capacity, `recompute: keep` what is given, `keep twice` the double.
     """
-    plain = {name: value for name, value in fields.items() if name not in ("rig", "merged", "halved")}
+    plain = {name: value for name, value in fields.items() if name not in ("rig", "merged", "parts")}
     if fields.get("merged"):
         plain |= {"batch_size": spec.batch_size * spec.gradient_accumulation, "gradient_accumulation": 1}
-    if fields.get("halved"):
-        plain |= {"batch_size": spec.batch_size // 2, "gradient_accumulation": spec.gradient_accumulation * 2}
+    if parts := fields.get("parts"):
+        plain |= {"batch_size": base.batch_size // parts, "gradient_accumulation": base.gradient_accumulation * parts}
     rig = dict(fields.get("rig", {}))
     if rig.get("pad_to") == "row":
         rig["pad_to"] = plain.get("batch_size", spec.batch_size) * spec.max_tokens
-    if rig.get("recompute") == "keep":
-        rig["recompute"] = keep
-    if rig.get("recompute") == "keep twice":
-        rig["recompute"] = 2 * keep if isinstance(keep, float) and 2 * keep < 1 else "none"
+    if share := {"keep": 1.0, "keep twice": 2.0}.get(rig.get("recompute", "")):
+        rig["recompute"] = keep if isinstance(keep, str) else share * keep if share * keep < 1 else "none"
     return replace(spec, rig=replace(spec.rig, **rig), **plain)
 
 
@@ -301,29 +299,36 @@ def climb_table(arms: Sequence[Arm], records: Sequence[Record | None]) -> pd.Dat
     20th and 80th percentile of steps), `limit` (tokens/s that the device allows), `share` of it; `step_seconds` (mean);
     of the one step that was profiled `host_seconds, kernel_seconds, launches, waiting` (share of it without a kernel);
     `peak_memory_bytes`; `loss_difference, grad_norm_difference`: relative, the largest over the steps, from those of
-    the finished rung below, where it trains on the same examples. What there is none of is NaN.
+    the nearest finished rung below that trains on the same examples. What there is none of is NaN. A finished run whose
+    gradient norms are farther off than `WRONG` has the status "wrong gradients": nothing is climbed on, or said of it.
     """
     rows = []
-    below: dict[tuple, tuple[Record, Arm]] = {}  # of each climb: the last finished rung
+    climbed: dict[tuple, list[tuple[Arm, Record]]] = {}  # finished rungs of each climb, the highest first
     for arm, record in zip(arms, records):
-        rung, way = arm.rung, (arm.climb, arm.spec.corpus, arm.spec.rig.lora_rank)
-        before, reached = below.get(way, (None, None))
-        row = {"climb": arm.climb, "corpus": arm.spec.corpus, "lora_rank": arm.spec.rig.lora_rank or 0}
+        rung, below = arm.rung, climbed.setdefault((arm.climb, arm.spec.corpus, arm.spec.rig.lora_rank), [])
+        row: dict[str, Any] = {"climb": arm.climb, "corpus": arm.spec.corpus, "lora_rank": arm.spec.rig.lora_rank or 0}
         row |= {"rung": rung.name, "beside": rung.beside, "status": record["status"] if record else NOT_MEASURED}
         row |= {"error": record["error"] if record else None} | dict.fromkeys(NUMBERS, math.nan)
-        if before and reached and not rung.beside:
-            row["predicted"] = _predicted_rate(before["metrics"], arm.path[len(reached.path) :])
+        if below and not rung.beside:
+            highest, before = below[0]
+            row["predicted"] = _predicted_rate(before["metrics"], arm.path[len(highest.path) :])
         if record and record["status"] == "ok":
             row |= _measured(record["metrics"])
-            if before and reached and same_examples(arm.spec, reached.spec):
-                row["loss_difference"] = _apart(record, before, "loss")
-                row["grad_norm_difference"] = _apart(record, before, "grad_norm")
-            if not rung.beside:
-                below[way] = record, arm
+            alike = [before for other, before in below if same_examples(arm.spec, other.spec)]
+            for name in ("loss", "grad_norm") if alike else ():
+                row[f"{name}_difference"] = _apart(record, alike[0], name)
+            if row["grad_norm_difference"] > WRONG and not get_strategy(arm.spec.strategy).packed_by_trl:
+                row["status"] = "wrong gradients"
+                row["error"] = (
+                    f"their norms differ from the rung's below by up to {row['grad_norm_difference']:.1e} times"
+                )
+            elif not rung.beside:
+                below.insert(0, (arm, record))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
+WRONG = 0.1  # relative; bfloat16 moves a gradient norm by less than a hundredth, float8 by little more
 NUMBERS = (
     "predicted",
     "tokens_per_s",

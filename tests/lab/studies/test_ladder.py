@@ -72,12 +72,27 @@ def test_a_rung_keeps_what_the_rungs_below_it_changed():
     assert arms["TRL padding_free"].rig == arms["flattened"].rig == Rig(recompute="all")
     rows = {arm.rung.name: arm.spec for arm in ladder.arms(BASE, FULL_ROWS)}
     assert rows["compiled layers"].rig.pad_to == BASE.batch_size * BASE.max_tokens
-    halved = {arm.rung.name: arm.spec for arm in ladder.arms(BASE, FULL_ROWS, keep=0.2)}["smaller micro-batches"]
+    top = {arm.rung.name: arm.spec for arm in ladder.arms(BASE, FULL_ROWS, keep=0.2)}
+    halved, float8 = top["smaller micro-batches"], top["float8"]
     assert (halved.batch_size, halved.gradient_accumulation) == (2, 2 * BASE.gradient_accumulation)
     assert (halved.rig.pad_to, halved.rig.recompute) == (2 * BASE.max_tokens, 0.4)
+    assert replace(float8, rig=replace(float8.rig, float8=False)) == top["lean optimiser"], "whole rows again"
     whole = ladder.arms(BASE, FULL_ROWS, ["smaller micro-batches"], keep=0.5)[0].spec
     assert whole.rig.recompute == "none", "twice a half is everything"
     assert "smaller micro-batches" not in names(ladder.arms(replace(BASE, batch_size=3), FULL_ROWS))
+
+
+def test_a_rung_with_wrong_gradients_is_not_climbed_on():
+    arms = ladder.arms(BASE, FULL_ROWS, ["full rows", "lean optimiser", "float8"])
+    found = [{"status": "ok", "error": None} | made(rate) for rate in (1000.0, 1200.0, 2000.0)]
+    for record, norm in zip(found, (4.0, 4.02, 1e16)):
+        record["trace"]["grad_norm"] = [4.0, norm]
+    table = ladder.climb_table(arms, found)
+    assert table["status"].tolist() == ["ok", "ok", "wrong gradients"]
+    said = " ".join(ladder.findings(table))
+    assert "'lean optimiser' runs at 1.2 times" in said and "2,000" not in said
+    assert "'float8' has no result: wrong gradients, their norms differ" in said
+    assert "2,000" not in ladder.climb_figure(table, FULL_ROWS).alt
 
 
 def test_losses_are_compared_on_the_same_examples_only():
@@ -85,9 +100,7 @@ def test_losses_are_compared_on_the_same_examples_only():
     found = [{"status": "ok", "error": None} | made(1000.0, losses=(2.0, 1.0 + i / 10)) for i in range(3)]
     table = ladder.climb_table(arms, found).set_index("rung")
     assert np.isnan(table.loc["smaller micro-batches", "loss_difference"]), "its rows hold other examples"
-    assert table.loc["float8", "loss_difference"] == pytest.approx(1.2 / 1.1 - 1)
-    without = ladder.climb_table([arms[0], arms[2]], [found[0], found[2]]).set_index("rung")
-    assert np.isnan(without.loc["float8", "loss_difference"]), "the rung below it is a larger one now"
+    assert table.loc["float8", "loss_difference"] == pytest.approx(1.2 / 1.0 - 1), "the lean optimiser's rows again"
 
 
 def test_rungs_that_are_left_out_are_stepped_over():
@@ -330,5 +343,7 @@ def test_the_published_climb_is_of_its_preset(monkeypatch):
     )
     table = ladder.climb_table(climbed, ladder.measure(climbed, folder, progress=lambda line: None))
     climbed = table[(table["status"] == "ok") & ~table["beside"]]
-    assert (climbed["loss_difference"].dropna() < 2**-8).all(), "one rounding of bfloat16"
+    whole = climbed[climbed["lora_rank"] == 0]
+    assert (whole["loss_difference"].dropna() < 2**-8).all(), "one rounding of bfloat16"
+    assert (climbed["loss_difference"].dropna() < 2**-7).all(), "eager layers round small adapters away (LOG.md)"
     assert math.isfinite(climbed["share"].max()) and climbed["share"].max() < 1
