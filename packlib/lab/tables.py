@@ -104,16 +104,37 @@ def _ranks(frame: pd.DataFrame) -> pd.Series:
 
 
 def named_models(models: Iterable[str], rigs: Iterable[str]) -> list[str]:
-    """Models with what their rig has beyond what all rigs of that model here share.
+    """Models with what their rig (`rig_label`) has beyond what all rigs of that model here share, in words.
 
-    >>> named_models(["a", "a", "b"], ["recompute=all", "recompute=all+liger", "recompute=all"])
-    ['a', 'a+liger', 'b']
+    >>> named_models(["a", "a", "b"], ["recompute=all", "recompute=all+liger+lora_rank=8", "recompute=all"])
+    ['a', "a (Liger's layers, LoRA rank 8)", 'b']
     """
     runs = [(model, [part for part in rig.split("+") if part]) for model, rig in zip(models, rigs)]
     shared: dict[str, set[str]] = {}
     for model, parts in runs:
         shared[model] = shared.get(model, set(parts)) & set(parts)
-    return ["+".join([model, *(part for part in parts if part not in shared[model])]) for model, parts in runs]
+    own = [[_in_words(part) for part in parts if part not in shared[model]] for model, parts in runs]
+    return [f"{model} ({', '.join(words)})" if words else model for (model, _), words in zip(runs, own)]
+
+
+def _in_words(part: str) -> str:
+    """A part of `rig_label` as readers know it."""
+    name, _, value = part.partition("=")
+    if name == "recompute":
+        return "checkpointing" if value == "all" else f"{value} of activations kept"
+    words = {
+        "ranks": f"{value} ranks",
+        "compile": f"compiled {value}",
+        "graphs": "CUDA graphs",
+        "fused_loss": "fused loss",
+        "liger": "Liger's layers",
+        "lean": "lean optimiser",
+        "pad_to": f"multiples of {value}",
+        "lora_rank": f"LoRA rank {value}",
+        "shard": "FSDP2",
+        "native_mixers": "mixers that take boundaries",
+    }
+    return words.get(name, part)
 
 
 def alone(frame: pd.DataFrame) -> pd.DataFrame:

@@ -118,7 +118,9 @@ def test_each_rig_has_its_own_padding_and_its_name_says_what_is_its_own():
     assert table["speed_up"].tolist() == [1.0, 1.5, 1.0, 1.3, 1.0]
     assert list(dict.fromkeys(table["rig"])) == ["recompute=all", "recompute=all+liger", "liger"]
     shown = tables.display_table(table)["model"].tolist()
-    assert shown == ["tiny-llama"] * 2 + ["tiny-llama+liger"] * 2 + ["phi-2"], "what a model's rigs share goes unsaid"
+    assert shown == ["tiny-llama"] * 2 + ["tiny-llama (Liger's layers)"] * 2 + ["phi-2"], (
+        "what a model's rigs share goes unsaid"
+    )
     assert len(tables.one_setting(frame)) == len(frame), "each rig is a comparison of its own"
 
 

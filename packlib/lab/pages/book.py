@@ -27,7 +27,7 @@ from packlib.lab.pages import reproduce
 logger = logging.getLogger(__name__)
 FILL_IN = "smoke"  # preset of the notebooks that no run has
 PARAMETERS = {"parameters", "injected-parameters"}  # tags of cells that a run may change
-TEXT_CELL = re.compile(r"<td(?=[^>]*>[^<]*[A-Za-z]{3})(?=[^>]*>(?!NaN<))")  # pandas aligns it as numbers
+TEXT_CELL = re.compile(r"<td(?=[^>]*>\s*(?!NaN<)([A-Za-z\[{(]|[^<]*[A-Za-z]{3}))")  # pandas aligns it as numbers
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 CONFIGURATION = """
 project = "Packing, measured"
@@ -50,7 +50,7 @@ STYLE = """
 .output table { border-collapse: collapse; margin: 0.5rem 0; }
 .output table, table:has(th:nth-child(7)) { font-size: var(--font-size--small); }
 .output th, .output td { padding: 0.15rem 0.6rem; text-align: right; }
-.output td[data-text] { text-align: left; }
+.output td[data-text], .output tbody th { text-align: left; }
 .alert { margin: 0.5rem 0 1rem; }
 @media (min-width: 48em) { .output pre { white-space: pre-wrap; } }
 @media (max-width: 48em) {

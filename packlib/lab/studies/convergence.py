@@ -63,14 +63,18 @@ class Arm:
 
     @property
     def batch(self) -> str:
-        """(batch_size, max_tokens, accumulation): the paper's notation of a step."""
-        return f"({self.spec.batch_size}, {self.spec.max_tokens}, {self.spec.gradient_accumulation})"
+        """batch_size × max_tokens × accumulation: a step, in the paper's order."""
+        return _batch(self.spec.batch_size, self.spec.max_tokens, self.spec.gradient_accumulation)
 
     @property
     def names(self) -> dict[str, str]:
         """What every table says of the arm."""
         names = {"corpus": tables.short(self.spec.corpus), "arm": self.label, "strategy": self.strategy}
         return names | {"variant": self.variant, "spec_id": self.spec.spec_id}
+
+
+def _batch(batch_size: int, max_tokens: int, accumulation: int) -> str:
+    return f"{batch_size} × {max_tokens:,} × {accumulation}"
 
 
 def arm_label(strategy: str, variant: str = "") -> str:
@@ -364,7 +368,7 @@ def table_4(found: pd.DataFrame) -> pd.DataFrame:
     for row in known.to_dict("records"):
         name = {"label": _paper_label(row), "strategy": row["strategy"]}
         loss, steps = row["eval_loss_per_token"], row["optimizer_steps"]
-        theirs = {"batch": f"(2, 4096, {row['gradient_accumulation']})", "steps": steps, "loss": loss}
+        theirs = {"batch": _batch(2, 4096, row["gradient_accumulation"]), "steps": steps, "loss": loss}
         rows.append(name | {"source": "paper"} | theirs | {"difference": loss - padding})
         runs = ok[ok["arm"] == name["label"]]
         if len(runs):
@@ -466,7 +470,9 @@ def arm_curves(curves: pd.DataFrame, xs: Mapping[str, str], y: str, title: str, 
     The strategy gives the colour and the variant the dashes; where all arms are of one strategy, the variant gives both
     colour and marker.
     """
-    figure, axes = figures.new(5.2 * len(xs) + 4, 4.6, alt, len(xs), sharey=True)
+    columns = min(3, len(xs) + 1)
+    height = 4.2 + 0.25 * math.ceil(curves["arm"].nunique() / columns)
+    figure, axes = figures.new(max(8.8, 4.2 * len(xs)), height, alt, len(xs), sharey=True)
     variants, one = list(dict.fromkeys(curves["variant"])), curves["strategy"].nunique() == 1
     dashes = {"": "-", STEPS: "-", EPOCHS: "--", EXAMPLES: ":", EXACT: ":"}
     shades = sns.color_palette("viridis", len(variants))
@@ -484,10 +490,11 @@ def arm_curves(curves: pd.DataFrame, xs: Mapping[str, str], y: str, title: str, 
             ax.plot(x, mean, color=color, marker=marker, linestyle=line, markevery=often, markersize=6, label=arm)
             ax.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
             ax.set_xlabel(xlabel)
+            ax.xaxis.set_major_formatter("{x:,g}")
+            ax.locator_params(axis="x", nbins=5)
     axes[0].set_ylabel(ylabel)
-    axes[-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    return figure
+    figure.legend(handles=axes[0].get_lines(), loc="outside lower center", ncols=columns)
+    return figures.head(figure, title)
 
 
 def validation_curves(curves: pd.DataFrame, corpus: str) -> Picture:

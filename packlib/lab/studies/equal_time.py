@@ -309,7 +309,7 @@ def standing(curve: pd.DataFrame) -> pd.DataFrame:
 def figure(by_clock: Mapping[str, pd.DataFrame], corpus: str) -> Picture:
     """Loss after so many seconds: a panel a clock (label: `curves` of one corpus), a line an arm with its range."""
     alt = f"Validation loss on {corpus} against seconds of GPU time, one line an arm, a panel a clock"
-    drawn, axes = figures.new(5.4 * len(by_clock) + 4, 4.8, alt, len(by_clock), sharey=True)
+    drawn, axes = figures.new(max(8.8, 5.4 * len(by_clock)), 5.4, alt, len(by_clock), sharey=True)
     for ax, (label, curve) in zip(axes, by_clock.items()):
         end, _ = at_equal_time(curve)
         for arm, runs in curve.groupby("arm", sort=False):
@@ -322,7 +322,7 @@ def figure(by_clock: Mapping[str, pd.DataFrame], corpus: str) -> Picture:
         ax.axvline(end, color="0.4", linewidth=1)
         ax.set(title=label, xlabel="seconds of training")
     axes[0].set_ylabel("validation loss (nats per token)")
-    axes[-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left")
+    drawn.legend(handles=axes[0].get_lines()[:-1], loc="outside lower center", ncols=min(3, len(axes) + 1))
     return figures.head(drawn, f"{corpus}: loss after so many seconds")
 
 

@@ -84,6 +84,7 @@ def roofline(table: pd.DataFrame) -> Picture:
     figure, (ax,) = figures.new(10.5, 5.6, f"Roofline. {title}; {len(table)} measured runs under it")
     ends = np.geomspace(table["intensity"].min() / 2, max(table["intensity"].max(), matmul / copy) * 3, 100)
     ax.plot(ends, np.minimum(matmul, ends * copy) / 1e12, **LIMIT, label="roof: measured matrix and copy rate")
+    named: list[tuple[str, float, float]] = []  # two that nearly coincide need one name
     for (strategy, rig), rows in table.groupby(["strategy", "rig"], sort=False):
         color, _, marker = figures.style(strategy)
         look: dict[str, Any] = {
@@ -96,7 +97,10 @@ def roofline(table: pd.DataFrame) -> Picture:
         ax.plot(rows["intensity"], rows["useful_flops"] / 1e12, **look, fillstyle="none")
         ax.vlines(rows["intensity"], rows["useful_flops"] / 1e12, rows["slot_flops"] / 1e12, color=color)
         for _, row in rows.iterrows():
-            ax.text(row["intensity"] * 1.07, row["useful_flops"] / 1e12, row["corpus"], va="top", fontsize=10)
+            x, y, corpus = row["intensity"], row["useful_flops"] / 1e12, row["corpus"]
+            if not any(c == corpus and abs(x / a - 1) < 0.1 and abs(y / b - 1) < 0.1 for c, a, b in named):
+                ax.text(x * 1.07, y, corpus, va="top", fontsize=10)
+            named.append((corpus, x, y))
     ax.set(xscale="log", yscale="log", xlabel="work for each byte moved (FLOP / byte)", ylabel="TFLOP/s")
     for axis, ticks in ((ax.xaxis, (100, 200, 500, 1000, 2000, 5000, 10_000)), (ax.yaxis, (50, 100, 200, 400, 800))):
         axis.set_major_locator(FixedLocator(ticks))

@@ -271,7 +271,7 @@ def test_times_of_runs_that_shared_the_device_do_not_count(tmp_path):
     steps = convergence.traces(tmp_path, [first, second])
     assert steps.groupby("strategy")["seconds"].count().to_dict() == {"padding": 3, "minibatch_packing": 0}
     overview = convergence.overview(found)
-    assert overview["measured"].tolist() == ["1 of 1"] * 2 and overview["batch"].tolist() == ["(4, 512, 2)"] * 2
+    assert overview["measured"].tolist() == ["1 of 1"] * 2 and overview["batch"].tolist() == ["4 × 512 × 2"] * 2
 
 
 def test_parity_is_the_largest_difference_of_a_step(tmp_path):
@@ -288,7 +288,7 @@ def test_tables_are_read_as_the_paper_writes_them(measured):
     shown = convergence.sides(convergence.table_4(found))
     label = f"FixedLengthPacking + PosID, {EPOCHS}"
     assert list(dict.fromkeys(who for who, _ in shown)) == ["paper", "ours"]
-    assert shown.loc[label, ("paper", "batch")] == "(2, 4096, 32)" and shown.loc[label, ("paper", "steps")] == "35"
+    assert shown.loc[label, ("paper", "batch")] == "2 × 4,096 × 32" and shown.loc[label, ("paper", "steps")] == "35"
     assert shown.loc["Padding", ("paper", "difference")] == "0.000" and shown.loc[label, ("ours", "steps")] == "3"
     both = convergence.every_arm(found)["label"].tolist()
     assert both[:2] == ["MiniBatchPacking + PosID, per token", "MiniBatchPacking + PosID, per example"]

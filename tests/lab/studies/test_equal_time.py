@@ -86,7 +86,7 @@ def test_the_winner_is_who_has_the_lowest_loss_by_the_clock_in_hand(tmp_path):
         assert "undecided" not in said[name][1] and "against “Padding”" in said[name][1]
         figure = equal_time.figure(by_clock, "pydocs")
         figure.canvas.draw()
-        assert len(figure.axes[0].get_legend().get_texts()) == 4
+        assert len(figure.legends[0].get_texts()) == 4
     assert "“Multipack + PosID, full batches” has the lowest loss" in said["steps"][1]
     assert "“Multipack + PosID, exactly constant examples” has the lowest loss" in said["slots"][1]
     edges = [line for line in said["slots"] if "at the edge of its grid" in line]

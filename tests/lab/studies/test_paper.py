@@ -264,6 +264,6 @@ def test_a_rig_of_its_own_has_a_name_of_its_own_and_no_value_of_the_paper(folder
     write(folder, base, rate=2000, memory=70e9, waste=2.0)
     write(folder, replace(base, strategy="minibatch_packing"), rate=2500, memory=63e9)
     table = beside(folder)
-    packed = row(table, model="mistral-7b+liger", strategy="minibatch_packing")
+    packed = row(table, model="mistral-7b (Liger's layers)", strategy="minibatch_packing")
     assert packed["speed_up"] == 1.25 and pd.isna(packed["speed_up_paper"]) and packed["floor"] < 1
     assert row(table, run="somewhere", model="mistral-7b", strategy="minibatch_packing")["speed_up"] == 1.55

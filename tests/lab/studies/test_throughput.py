@@ -189,7 +189,10 @@ def test_figures_and_line_are_of_the_first_rig():
 
 def test_the_machine_s_use_is_named_by_rig():
     frame = pd.DataFrame([rigged(), rigged(rate=200, liger=True)])
-    assert throughput.utilization_table(tables.against(frame))["model"].tolist() == ["tiny-llama", "tiny-llama+liger"]
+    assert throughput.utilization_table(tables.against(frame))["model"].tolist() == [
+        "tiny-llama",
+        "tiny-llama (Liger's layers)",
+    ]
 
 
 def test_readers_see_words_and_gigabytes():
