@@ -23,7 +23,6 @@ import pandas as pd
 
 from packlib.atomic import atomic_write
 
-# How many runs share the device; above 1 their losses count and their times do not.
 CONCURRENT = "PACKLIB_CONCURRENT_RUNS"
 
 
@@ -164,10 +163,21 @@ def environment(data_sha256: str | None = None) -> dict[str, Any]:
         "device_count": torch.cuda.device_count() if cuda else 0,
         "device_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
         "threads": torch.get_num_threads(),
-        "concurrent_runs": int(os.environ.get(CONCURRENT, "1")),
+        "concurrent_runs": concurrent_runs(),
         "data_sha256": data_sha256,
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
+
+
+def concurrent_runs() -> int:
+    """How many runs share the device (`$PACKLIB_CONCURRENT_RUNS`); above 1 their losses count, their times do not.
+
+    Raises `ValueError` for what is no positive number.
+    """
+    text = os.environ.get(CONCURRENT, "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{CONCURRENT} = {text!r}; expected a number of at least 1")
+    return int(text)
 
 
 def _version(package: str) -> str | None:

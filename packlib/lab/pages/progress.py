@@ -48,7 +48,8 @@ class Progress:
         if found := CELL.match(text):
             self.cell = int(found[1])
         for number, count, title, said in ARM.findall(text):
-            if self.arms is None or int(number) < self.arms[0]:
+            last, of = self.arms[:2] if self.arms else (0, 0)
+            if int(count) != of or int(number) == 1 < last:  # another sweep; of one, several arms may run at once
                 self.measured, self.arms_begun = 0, self.clock()
             self.arms = (int(number), int(count), title)
             self.measured += said.startswith(("ok", "oom", "failed"))

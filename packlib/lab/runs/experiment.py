@@ -17,8 +17,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,46 +55,68 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
 
     In a script, call it under `if __name__ == "__main__":`, as everything that starts processes.
 
-    progress: called with a line when an arm starts and ends, and every few seconds in between. Runs one after another,
-    in the given order, each in its own process (under torchrun where `world_size` > 1). After `$PACKLIB_UNTIL`, or when
-    the longest arm so far would not end before it, no further arm is started and `OutOfTime` is raised: the next call
-    goes on. A `failed` record is kept under `superseded/` and its run tried again. Raises `FileNotFoundError` for a
-    corpus that is not here, before any arm starts, and `SweepFailed` where several arms all failed, each reason once.
+    progress: called with a line when an arm starts and ends, and every few seconds in between. Runs in the given order,
+    each in its own process (under torchrun where `world_size` > 1), one after another, or `$PACKLIB_CONCURRENT_RUNS` at
+    a time: for losses, as their times do not count then. After `$PACKLIB_UNTIL`, or when the longest arm so far would
+    not end before it, no further arm is started and `OutOfTime` is raised: the next call goes on. A `failed` record is
+    kept under `superseded/` and its run tried again. Raises `FileNotFoundError` for a corpus that is not here, before
+    any arm starts, and `SweepFailed` where several arms all failed, each reason once.
     """
     specs = list(specs)
     contents = {(spec.corpus, spec.tokenizer): content_sha256(spec.corpus, spec.tokenizer) for spec in specs}
-    for spec in specs:
-        content = contents[spec.corpus, spec.tokenizer]
-        if content is None and records.find_record(folder, spec.spec_id, None) is None:
-            raise FileNotFoundError(f"corpus {spec.corpus!r} is not here, and {spec.strategy} has no record on it")
-    until = float(os.environ.get(UNTIL, "inf"))
-    longest, kept, done = 0.0, 0, []
+    found: dict[int, dict[str, Any]] = {}
+    # 1. What has a record, and what is left to run.
     for i, spec in enumerate(specs):
-        content = contents[spec.corpus, spec.tokenizer]
-        record = records.find_record(folder, spec.spec_id, content)
+        record = records.find_record(folder, spec.spec_id, contents[spec.corpus, spec.tokenizer])
+        if record and record["status"] != "failed":
+            found[i] = record
+        elif contents[spec.corpus, spec.tokenizer] is None:
+            before = f"{spec.strategy} failed on it before" if record else f"{spec.strategy} has no record on it"
+            raise FileNotFoundError(f"corpus {spec.corpus!r} is not here, and {before}")
+    if found:
+        progress(f"{len(found)} of {len(specs)} arms had a record")
+    # 2. Run it, while there is time.
+    until, longest, stop = float(os.environ.get(UNTIL, "inf")), 0.0, threading.Event()
+
+    def one(i: int) -> None:
+        nonlocal longest
+        spec, content = specs[i], contents[specs[i].corpus, specs[i].tokenizer]
         title = f"[{i + 1}/{len(specs)}] {Path(spec.corpus).name} · {spec.model} · {spec.strategy} · seed {spec.seed}"
-        if record and record["status"] == "failed":
-            records.supersede(folder, record)
-            record = None
-        if record:
-            kept += 1
-            done.append(record)
-        elif content is None:
-            raise FileNotFoundError(f"corpus {spec.corpus!r} is not here, and {spec.strategy} failed on it before")
-        elif time.time() + longest > until:
+        if time.time() + longest > until:
             progress(f"{title}: left for the next call")
         else:
+            assert content is not None  # looked at above
+            if failed := records.find_record(folder, spec.spec_id, content):
+                records.supersede(folder, failed)
             started = time.monotonic()
-            done.append(_run_one(spec, records.run_id_on(spec.spec_id, content), folder, _titled(progress, title)))
+            found[i] = _run_one(spec, records.run_id_on(spec.spec_id, content), folder, _titled(progress, title), stop)
             longest = max(longest, time.monotonic() - started)
-    if kept:
-        progress(f"{kept} of {len(specs)} arms had a record")
-    if left := len(specs) - len(done):
-        raise OutOfTime(f"{left} of {len(specs)} arms are left for the next call")
+
+    left = [i for i, spec in enumerate(specs) if i not in found and spec not in specs[:i]]
+    if records.concurrent_runs() == 1:
+        for i in left:
+            one(i)
+    else:
+        _at_once(one, left, stop)
+    # 3. What became of it.
+    done = [found[first] for first in map(specs.index, specs) if first in found]
+    if missing := len(specs) - len(done):
+        raise OutOfTime(f"{missing} of {len(specs)} arms are left for the next call")
     if len(done) > 1 and all(record["status"] == "failed" for record in done):
         reasons = dict.fromkeys(str(record["error"]) for record in done)
         raise SweepFailed(f"all {len(done)} arms failed: {'; '.join(reasons)}")
     return done
+
+
+def _at_once(one: Callable[[int], None], left: list[int], stop: threading.Event) -> None:
+    """`one(i)` for all that are left, `records.concurrent_runs()` at a time; what stops this thread sets `stop`."""
+    with ThreadPoolExecutor(records.concurrent_runs()) as pool:
+        try:
+            list(pool.map(one, left))
+        except BaseException:  # Ctrl-C reaches this thread alone
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def frame(specs: Iterable[RunSpec], folder: Path) -> pd.DataFrame:
@@ -111,10 +135,13 @@ def _titled(progress: Progress, title: str) -> Progress:
     return lambda line: progress(f"{title}: {line}")
 
 
-def _run_one(spec: RunSpec, run_id: str, folder: Path, progress: Progress) -> dict[str, Any]:
-    """One run in a process of its own; a record exists afterwards, whatever happened to the process."""
-    start = _launch if spec.world_size > 1 else _fork
-    code = start(spec, run_id, folder, progress)
+def _run_one(spec: RunSpec, run_id: str, folder: Path, progress: Progress, stop: threading.Event) -> dict[str, Any]:
+    """One run in a process of its own; a record exists afterwards, whatever happened to the process.
+
+    stop: once it is set, the process is ended and `KeyboardInterrupt` raised.
+    """
+    ranks = spec.world_size > 1
+    code = _launch(spec, run_id, folder, progress) if ranks else _fork(spec, run_id, folder, progress, stop)
     if code in (-signal.SIGINT, 130):
         raise KeyboardInterrupt
     record = records.read_record(folder, run_id)
@@ -135,14 +162,17 @@ def _died(code: int) -> tuple[str, str]:
     return "failed", f"ended with exit code {code} and no record"
 
 
-def _fork(spec: RunSpec, run_id: str, folder: Path, progress: Progress) -> int:
+def _fork(spec: RunSpec, run_id: str, folder: Path, progress: Progress, stop: threading.Event) -> int:
     receiver, sender = forked.context.Pipe(duplex=False)
     process = forked.start(_child, spec, run_id, folder, sender, preload="packlib.lab.runs.preload", daemon=True)
     sender.close()
     try:
         while True:
+            if stop.is_set():
+                raise KeyboardInterrupt
             try:
-                progress(receiver.recv())
+                if receiver.poll(0.5):
+                    progress(receiver.recv())
             except EOFError:
                 break
         process.join()

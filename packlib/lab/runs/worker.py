@@ -58,6 +58,7 @@ def execute(spec: RunSpec, run_id: str, folder: Path, progress: Callable[[str], 
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
     first = int(os.environ.get("RANK", 0)) == 0
+    torch.set_num_threads(max(1, torch.get_num_threads() // records.concurrent_runs()))
     try:
         head = {"run_id": run_id, "status": "ok", "error": None, "spec": asdict(spec)}
         record = head | measure(spec, progress if first else _silent)

@@ -155,7 +155,7 @@ def test_a_sweep_whose_arms_all_fail_says_why_once(tmp_path, monkeypatch):
     specs = [RunSpec(corpus="arithmetic", seed=seed) for seed in range(3)]
     errors = iter(["ValueError: no", "ValueError: no", None, "ValueError: no", "ValueError: no", "ValueError: no"])
 
-    def run_one(spec, run_id, folder, progress):
+    def run_one(*arguments):
         error = next(errors)
         return {"status": "failed" if error else "ok", "error": error}
 

@@ -88,7 +88,7 @@ def child(spec, run_id, folder, sender):
 def fake_run(status="ok", after=lambda: None):
     """Stands in for `experiment._run_one`, and counts."""
 
-    def run_one(spec, run_id, folder, progress):
+    def run_one(spec, run_id, folder, progress, stop):
         run_one.ran.append(spec)
         record = records.unfinished(run_id, asdict(spec), status, "made up")
         records.write_record(folder, record)
@@ -277,12 +277,17 @@ def test_an_edited_corpus_is_another_run(tmp_path, monkeypatch):
     assert [record["run_id"] for record in experiment.run([spec], folder)] == [edited] and len(run_one.ran) == 2
 
 
-def test_an_interrupt_loses_no_finished_arm(tmp_path, monkeypatch, interrupts):
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_an_interrupt_loses_no_finished_arm(tmp_path, monkeypatch, interrupts, at_once):
     monkeypatch.setattr(experiment, "_child", child)
+    monkeypatch.setenv(records.CONCURRENT, str(at_once))
     folder, specs = records.run_folder(tmp_path), [replace(BASE, eval_examples=0), replace(BASE, seed=SLOW)]
+    awaited = {"[1/2] ok", "[2/2] started"}
 
     def progress(line):
-        if line.startswith("[2/2]") and line.endswith("started"):
+        seen = {f"{line[:5]} {line.split(': ')[-1]}"} & awaited
+        awaited.difference_update(seen)
+        if seen and not awaited:
             control_c(0.2)
 
     begun = time.monotonic()
@@ -294,6 +299,24 @@ def test_an_interrupt_loses_no_finished_arm(tmp_path, monkeypatch, interrupts):
     monkeypatch.setattr(experiment, "_run_one", run_one)
     first, _ = experiment.run(specs, folder)
     assert first["status"] == "ok" and run_one.ran == specs[1:], "the next call goes on where it stopped"
+
+
+def test_several_runs_share_a_device_where_asked(tmp_path, monkeypatch):
+    """Three at a time, each waiting for two others; their records are in the order of the specs."""
+    meet, run_one, specs = threading.Barrier(3), fake_run(), grid(BASE, seed=range(6))
+
+    def one(spec, *rest):
+        meet.wait(timeout=5)
+        return run_one(spec, *rest)
+
+    monkeypatch.setattr(experiment, "_run_one", one)
+    monkeypatch.setenv(records.CONCURRENT, "3")
+    found = experiment.run(specs, records.run_folder(tmp_path))
+    assert [record["spec"]["seed"] for record in found] == list(range(6)) and len(run_one.ran) == 6
+    assert {record["environment"]["concurrent_runs"] for record in found} == {3}
+    monkeypatch.setenv(records.CONCURRENT, "all")
+    with pytest.raises(ValueError, match="PACKLIB_CONCURRENT_RUNS = 'all'; expected a number of at least 1"):
+        experiment.run(specs, tmp_path)
 
 
 def test_a_failed_run_is_tried_again_and_its_record_kept(tmp_path, monkeypatch):
