@@ -30,8 +30,8 @@ class Rig:
 
     compile: `none`, or `layers`: every decoder layer, in place.
     recompute: `none`; `all`: every layer's activations are computed again in backward (gradient checkpointing); or a
-        budget in (0, 1): the share of a compiled layer's activations that is kept, the cheapest ones are not; without
-        float8, attention's output is kept besides.
+        budget in (0, 1): the share of a compiled layer's activations that is kept besides attention's, the cheapest
+        ones are not.
     graphs: forward and backward of micro-batches as CUDA graphs, one for each shape, captured before training.
     fused_loss: output head and loss in one, each position scored once; SFTTrainer's own also scores entropy and
         accuracy for its metrics, and waits for them.

@@ -178,8 +178,8 @@ CLIMBS: dict[str, tuple[Rung, ...]] = {
         Rung(
             "float8",
             "matrix products in half the width, at twice the rate on paper; in whole rows again, as every micro-batch "
-            "casts the weights",
-            {"parts": 1, "rig": {"float8": True, "recompute": "keep", "pad_to": "row"}},
+            "casts the weights, and half of what was kept, as casts need memory",
+            {"parts": 1, "rig": {"float8": True, "recompute": "keep half", "pad_to": "row"}},
             device=0.75,
             gpu=True,
         ),
@@ -249,7 +249,7 @@ def every_arm(base: RunSpec, climbs: Iterable[Mapping[str, Any]], *, gpu: bool =
 def _changed(spec: RunSpec, fields: Mapping[str, Any], keep: str | float, base: RunSpec) -> RunSpec:
     """The spec with a rung's fields. `merged`: one micro-batch of a step's; `parts`: so many of each of base's.
 
-    Of its rig, `pad_to: row` is a micro-batch's capacity, `recompute: keep` what is given, `keep twice` the double.
+    Of its rig, `pad_to: row` is a micro-batch's capacity, and `recompute` what is given, its double or its half.
     """
     plain = {name: value for name, value in fields.items() if name not in ("rig", "merged", "parts")}
     if fields.get("merged"):
@@ -259,7 +259,7 @@ def _changed(spec: RunSpec, fields: Mapping[str, Any], keep: str | float, base: 
     rig = dict(fields.get("rig", {}))
     if rig.get("pad_to") == "row":
         rig["pad_to"] = plain.get("batch_size", spec.batch_size) * spec.max_tokens
-    if share := {"keep": 1.0, "keep twice": 2.0}.get(rig.get("recompute", "")):
+    if share := {"keep": 1.0, "keep twice": 2.0, "keep half": 0.5}.get(rig.get("recompute", "")):
         rig["recompute"] = keep if isinstance(keep, str) else share * keep if share * keep < 1 else "none"
     return replace(spec, rig=replace(spec.rig, **rig), **plain)
 

@@ -76,7 +76,8 @@ def test_a_rung_keeps_what_the_rungs_below_it_changed():
     halved, float8 = top["smaller micro-batches"], top["float8"]
     assert (halved.batch_size, halved.gradient_accumulation) == (2, 2 * BASE.gradient_accumulation)
     assert (halved.rig.pad_to, halved.rig.recompute) == (2 * BASE.max_tokens, 0.4)
-    assert replace(float8, rig=replace(float8.rig, float8=False)) == top["lean optimiser"], "whole rows again"
+    assert replace(float8, rig=replace(float8.rig, float8=False, recompute=0.2)) == top["lean optimiser"]
+    assert float8.rig.recompute == 0.1
     whole = ladder.arms(BASE, FULL_ROWS, ["smaller micro-batches"], keep=0.5)[0].spec
     assert whole.rig.recompute == "none", "twice a half is everything"
     assert "smaller micro-batches" not in names(ladder.arms(replace(BASE, batch_size=3), FULL_ROWS))
