@@ -479,9 +479,10 @@ def climb_figure(table: pd.DataFrame, climb: str, *, here: str = "") -> Picture:
                 ax.annotate("you are here", (1, y), xycoords=("axes fraction", "data"), va="center", ha="right")
                 ax.axhspan(y - 0.48, y + 0.48, color="0.9", zorder=0)
         ax.set(title=f"{climb}, {tables.short(str(corpus))}", xlabel="real tokens/s", xlim=(0, top * 1.3))
+        ax.xaxis.set_major_formatter("{x:,.0f}")
         ax.set_yticks(range(len(names)), [f"({n})" if n in beside else n for n in names])
         ax.grid(axis="y", visible=False)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) - 0.4, -0.6)  # from the top down, also where the last one was not measured
     meanings = [
         axes[-1].plot([], [], **figures.LIMIT, label="limit: what the device's measured rates allow")[0],
         axes[-1].plot([], [], **PREDICTED, label="predicted from the rung below")[0],

@@ -83,6 +83,16 @@ def test_a_rung_keeps_what_the_rungs_below_it_changed():
     assert "smaller micro-batches" not in names(ladder.arms(replace(BASE, batch_size=3), FULL_ROWS))
 
 
+def test_a_last_rung_without_a_record_stands_inside_the_frame():
+    arms = ladder.arms(BASE, FULL_ROWS, ["full rows", "float8"])
+    table = ladder.climb_table(arms, [{"status": "ok", "error": None} | made(1000.0), None])
+    figure = ladder.climb_figure(table, FULL_ROWS)
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    (text,) = (text for text in ax.texts if text.get_text() == ladder.NOT_MEASURED)
+    assert ax.get_window_extent().contains(*text.get_window_extent().get_points().mean(axis=0))
+
+
 def test_a_rung_with_wrong_gradients_is_not_climbed_on():
     arms = ladder.arms(BASE, FULL_ROWS, ["full rows", "lean optimiser", "float8"])
     found = [{"status": "ok", "error": None} | made(rate) for rate in (1000.0, 1200.0, 2000.0)]
