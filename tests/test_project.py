@@ -305,7 +305,13 @@ COMES_ALONG = {
     "jupyter_client": "jupyterlab",
     "ipykernel": "jupyterlab",
 }
-DISTRIBUTIONS = {"IPython": "ipython", "PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "bs4": "beautifulsoup4",
+    "IPython": "ipython",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 
 
 def imported(source, *, functions=False):

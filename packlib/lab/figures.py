@@ -15,9 +15,12 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -32,6 +35,13 @@ EXAMPLES = np.array(
     [to_rgb(f"#{code}") for code in ("56b4e9", "e69f00", "009e73", "cc79a7", "f0e442", "9a9ae0", "b3936b", "999999")]
 )
 PAD = (0.9, 0.9, 0.9)
+NUMBER: dict[str, Any] = {  # a number beside its bar, above the lines that it may lie on
+    "fontsize": 10,
+    "va": "center",
+    "zorder": 5,
+    "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+}
+HALO = [withStroke(linewidth=3, foreground="white")]  # around text on grids and stems
 THEME = {
     "figure.dpi": DPI,
     "axes.titlelocation": "left",
@@ -105,15 +115,16 @@ def head(figure: Picture, title: str) -> Picture:
     return figure
 
 
-def png(figure: Picture, description: str | None = None) -> bytes:
-    """The figure as a PNG file that carries its alt text (or `description`) as `Description`.
+def png(figure: Picture, description: str | None = None, **told: str) -> bytes:
+    """The figure as a PNG file that carries its alt text (or `description`) as `Description`, and what else is `told`.
 
     256 colours, a third of the size of all: notebooks stay small.
     """
     full, small = io.BytesIO(), io.BytesIO()
     figure.savefig(full, format="png", dpi=DPI)
     info = PngInfo()
-    info.add_itxt("Description", figure.alt if description is None else description)
+    for key, text in ({"Description": figure.alt if description is None else description} | told).items():
+        info.add_itxt(key, text)
     Image.open(full).convert("RGB").quantize(256).save(small, format="png", optimize=True, pnginfo=info)
     return small.getvalue()
 
@@ -121,7 +132,19 @@ def png(figure: Picture, description: str | None = None) -> bytes:
 def log2_axis(ax: Axes) -> None:
     """A horizontal axis of powers of two, written as plain numbers."""
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_major_formatter("{x:,.10g}")
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Ticks of a logarithmic axis as 5, 100 and 1,000, at least three where there is room; call when all is drawn."""
+    low, high = sorted(axis.get_view_interval())
+    for steps in ([1.0], [1.0, 2.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]):
+        locator = LogLocator(10, subs=steps)
+        if sum(low <= tick <= high for tick in locator.tick_values(low, high)) >= 3:
+            break
+    axis.set_major_locator(locator)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:,.10g}")
 
 
 def bar(ax: Axes, y: float, value: float, strategy: str, low: float = np.nan, high: float = np.nan) -> None:
@@ -136,29 +159,33 @@ def panels_width(panels: int) -> float:
     return 3.8 * panels + (3.4 if panels == 1 else 2.2)
 
 
-def bars_with_limits(table: pd.DataFrame, title: str) -> Picture:
+def bars_with_limits(table: pd.DataFrame, title: str, *, width: float | None = None, row: float = 0.5) -> Picture:
     """Speed-up over padding per strategy, one panel per corpus, the limit drawn on every bar.
 
     table: `corpus, strategy, speed_up, speed_up_low, speed_up_high, limit`: ratios of real tokens/s; limit may be NaN.
+    width: inches of the figure, `panels_width` if None; row: inches of height for each bar.
     """
     groups, names = list(dict.fromkeys(table["corpus"])), list(dict.fromkeys(table["strategy"]))
-    figure, axes = new(panels_width(len(groups)), 0.5 * len(names) + 1.9, title, len(groups), sharey=True)
+    size = width or panels_width(len(groups)), row * len(names) + 1.9
+    room = 0.72 * len(groups) / (size[0] - 2.2)  # of a number beside a bar, as a share of its panel
+    figure, axes = new(*size, title, len(groups), sharey=True)
     for ax, group in zip(axes, groups):
         rows = table[table["corpus"] == group].set_index("strategy").reindex(names)
-        right = max(np.nanmax(rows[["speed_up_high", "limit"]].to_numpy()) * 1.22, 1.2)
-        for y, (strategy, row) in enumerate(rows.iterrows()):
-            if np.isfinite(row["speed_up"]):
-                bar(ax, y, row["speed_up"], strategy, row["speed_up_low"], row["speed_up_high"])
-                end = row["speed_up_high"]
-                if end <= row["limit"] < end + 0.2 * right:  # the number stands beyond the limit, not on it
-                    end = row["limit"]
-                ax.text(end + 0.02 * right, y, f"{row['speed_up']:.2f}×", va="center", fontsize=10)
-            if np.isfinite(row["limit"]):
-                ax.plot([row["limit"]] * 2, [y - 0.42, y + 0.42], **LIMIT)
+        right = max(np.nanmax(rows[["speed_up_high", "limit"]].to_numpy()) * (1 + room), 1.2)
+        for y, (strategy, arm) in enumerate(rows.iterrows()):
+            if np.isfinite(arm["speed_up"]):
+                bar(ax, y, arm["speed_up"], strategy, arm["speed_up_low"], arm["speed_up_high"])
+                end = arm["speed_up_high"]
+                if end <= arm["limit"] < end + room * right:  # the number stands beyond the limit, not on it
+                    end = arm["limit"]
+                ax.text(end + 0.02 * right, y, f"{arm['speed_up']:.2f}×", **NUMBER)
+            if np.isfinite(arm["limit"]):
+                ax.plot([arm["limit"]] * 2, [y - 0.42, y + 0.42], **LIMIT)
         ax.axvline(1, color="0.4", linewidth=1)
         ax.set(title=str(group), xlabel="real tokens/s, relative to padding")
         ax.set_yticks(range(len(names)), [label(name) for name in names])
         ax.set_xlim(0, right)
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
     meaning = "limit of dropping the pads: all of padding's step but the optimiser's least shrinks with its slots"
@@ -185,31 +212,48 @@ def forest(table: pd.DataFrame, title: str, xlabel: str) -> Picture:
     return head(figure, title)
 
 
-def beside_paper(table: pd.DataFrame, value: str, title: str, xlabel: str) -> Picture:
+def beside_paper(
+    table: pd.DataFrame, value: str, title: str, xlabel: str, *, decimals: int = 3, limit: str = "", meaning: str = ""
+) -> Picture:
     """Ours beside the paper's, a pair of bars a label; where a side does not know the value, that is written out.
 
-    table: `label, strategy, source ("paper" | "ours")` and the column `value`.
+    table: `label, strategy, source ("paper" | "ours")` and the column `value`. decimals: of the numbers, all alike.
+    limit: a column that is dashed on our bars, NaN for no line; `meaning` is what the legend calls it.
     """
     names = list(dict.fromkeys(table["label"]))
-    figure, (ax,) = new(10, 0.62 * len(names) + 1.8, title)
+    figure, (ax,) = new(10, 0.62 * len(names) + 2.1, title)
+    known = table[[value, *([limit] if limit else [])]].to_numpy(float)
+    low, high = np.nanmin([0, *known.flat]), np.nanmax([0, *known.flat])
+    margin = 0.14 * ((high - low) or 1)
     for shift, source in ((-0.2, "paper"), (0.2, "ours")):
         rows = table[table["source"] == source].drop_duplicates("label").set_index("label").reindex(names)
         for y, (_, row) in enumerate(rows.iterrows()):
-            if pd.isna(row[value]):
-                ax.text(0, y + shift, f" {source}: not known", va="center", fontsize=10, color="0.45")
+            end = row[value]
+            if pd.isna(end):
+                _beside(ax, 0, y + shift, f"{source}: not known", color="0.45")
                 continue
             look = {"color": "0.72"} if source == "paper" else {"color": style(row["strategy"]).color, "hatch": "//"}
-            ax.barh(y + shift, row[value], height=0.36, edgecolor="white", **look)
-            ax.text(row[value], y + shift, f" {row[value]:.3g}", va="center", fontsize=10)
-    ax.barh([0], [0], color="0.72", label="paper, grey")
-    ax.barh([0], [0], color="white", hatch="//", edgecolor="0.3", label="measured here, in the strategy's colour")
-    ax.set_xlabel(xlabel)
+            ax.barh(y + shift, end, height=0.36, edgecolor="white", **look)
+            if limit and source == "ours" and np.isfinite(row[limit]):
+                ax.plot([row[limit]] * 2, [y, y + 0.4], **LIMIT)
+                if 0 <= end < row[limit] < end + margin:  # the number stands beyond the limit, not on it
+                    end = row[limit]
+            _beside(ax, end, y + shift, f"{round(row[value], decimals) + 0.0:.{decimals}f}")  # + 0.0: no "-0.00"
+    if limit:
+        ax.plot([], [], label=meaning, **LIMIT)
+    ax.barh([np.nan], [0], color="0.72", label="paper, grey")  # for the legend alone
+    ax.barh([np.nan], [0], color="white", hatch="//", edgecolor="0.3", label="measured here, in the strategy's colour")
+    ax.set(xlabel=xlabel, xlim=(low - margin if low else 0, high + margin), ylim=(len(names) - 0.4, -0.6))
     ax.set_yticks(range(len(names)), names)
-    ax.invert_yaxis()
-    ax.margins(x=0.12)
     ax.grid(axis="y", visible=False)
-    ax.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3)
     return head(figure, title)
+
+
+def _beside(ax: Axes, x: float, y: float, text: str, **look: Any) -> None:
+    """Text beside the end of a bar: right of it, or left of one that points to the left."""
+    side, away = ("right", -4) if x < 0 else ("left", 4)
+    ax.annotate(text, (x, y), xytext=(away, 0), textcoords="offset points", ha=side, **NUMBER | look)
 
 
 def curves(table: pd.DataFrame, x: str, y: str, title: str, xlabel: str, ylabel: str, limit: str = "") -> Picture:

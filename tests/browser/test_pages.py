@@ -15,6 +15,24 @@ from tests.browser.conftest import HARD_TO_READ, PICTURES
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 TELEPHONE, SCREEN = 390, 1500
+WIDTHS = TELEPHONE, 1100, 1280, SCREEN  # from one column to three
+
+# Tables and images that look wrong: numbers that may break, headers not aligned as their columns, images blown up.
+LOOKS = """() => {
+    const looks = (element, name) => getComputedStyle(element)[name];
+    const broken = [...document.querySelectorAll("tbody td")].filter(cell => {
+        const text = cell.textContent.trim();
+        return text && !/[A-Za-z]{2}/.test(text) && looks(cell, "whiteSpace") !== "nowrap";
+    });
+    const ragged = [...document.querySelectorAll("article table")].flatMap(table => {
+        const [head] = [...table.querySelectorAll("thead tr")], [row] = [...table.querySelectorAll("tbody tr")];
+        if (!head || !row || head.cells.length !== row.cells.length) return [];
+        return [...head.cells].filter((cell, i) => looks(cell, "textAlign") !== looks(row.cells[i], "textAlign"));
+    });
+    const images = [...document.querySelectorAll("article img")];
+    const blown_up = images.filter(image => image.naturalWidth && image.clientWidth > image.naturalWidth);
+    return [...broken, ...ragged, ...blown_up].map(element => element.textContent.trim() || element.src);
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +89,12 @@ def test_no_link_is_dead_and_no_image_is_without_description(book):
     assert len(found) > 20 and not {name: both for name, both in found.items() if any(both)}
 
 
+def width_of(page, window):
+    """How wide a page is in a window, in which it then is."""
+    page.set_viewport_size({"width": window, "height": 1000})
+    return page.evaluate("document.documentElement.scrollWidth")
+
+
 def test_pages_are_readable(book, chromium):
     wrong = {}
     page = chromium.new_page()
@@ -79,9 +103,9 @@ def test_pages_are_readable(book, chromium):
         page.set_viewport_size({"width": TELEPHONE, "height": 800})
         page.emulate_media(color_scheme="light")
         page.goto(path.as_uri())
-        wide = page.evaluate("document.documentElement.scrollWidth")
         page.screenshot(path=PICTURES / f"book-{name}-{TELEPHONE}.png", full_page=True)
-        page.set_viewport_size({"width": SCREEN, "height": 1000})
+        looks = page.evaluate(LOOKS)
+        too_wide = [width for width in WIDTHS if width_of(page, width) > width]  # the last one is SCREEN
         page.screenshot(path=PICTURES / f"book-{name}-{SCREEN}.png", full_page=True)
         cut_off = page.locator(".output pre").evaluate_all(
             "all => all.some(one => one.scrollWidth > one.clientWidth + 1)"
@@ -89,8 +113,8 @@ def test_pages_are_readable(book, chromium):
         pale = page.locator("body").evaluate(HARD_TO_READ)
         page.emulate_media(color_scheme="dark")
         dark = page.locator("body").evaluate(HARD_TO_READ)
-        if wide > TELEPHONE or cut_off or pale or dark:
-            wrong[name] = (wide, cut_off, pale[:3], dark[:3])
+        if too_wide or looks or cut_off or pale or dark:
+            wrong[name] = (too_wide, looks[:3], cut_off, pale[:3], dark[:3])
     page.close()
     assert not wrong
 

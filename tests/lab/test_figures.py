@@ -38,6 +38,15 @@ def drawn(figure) -> None:
         assert all(label.get_fontsize() >= 10 for label in labels if label.get_text())
 
 
+def inside(figure) -> None:
+    """No text of an axes leaves its frame."""
+    for ax in figure.axes:
+        frame = ax.get_window_extent()
+        for text in ax.texts:
+            box = text.get_window_extent()
+            assert frame.x0 <= box.x0 and box.x1 < frame.x1, text.get_text()
+
+
 def test_bars_show_every_limit_and_no_bar_for_what_was_not_measured(table):
     figure = figures.bars_with_limits(table, "packing pays")
     drawn(figure)
@@ -73,8 +82,60 @@ def test_what_the_paper_does_not_say_is_written_out():
     table = pd.DataFrame(rows, columns=["label", "strategy", "source", "value"])
     figure = figures.beside_paper(table, "value", "beside", "tokens/s")
     drawn(figure)
-    assert sorted(texts(figure)) == ["100", "350", "742", "paper: not known"]
+    assert sorted(texts(figure)) == ["100.000", "350.000", "742.000", "paper: not known"]
     assert sorted(bar.get_width() for bar in figure.axes[0].patches if bar.get_width()) == [100, 350, 742]
+    inside(figure)
+
+
+def test_numbers_beside_bars_are_alike_and_stand_outside_them():
+    rows = [
+        ("a", "padding", "paper", 1.4, 2.0),
+        ("a", "padding", "ours", 0.944, 1.0),
+        ("b", "padding", "ours", -1.5, 0),
+    ]
+    rows += [("c", "padding", "ours", -0.0001, math.nan)]
+    table = pd.DataFrame(rows, columns=["label", "strategy", "source", "value", "most"])
+    figure = figures.beside_paper(table, "value", "beside", "ratio", decimals=2, limit="most", meaning="the most")
+    drawn(figure)
+    inside(figure)
+    (ax,) = figure.axes
+    found = {text.get_text(): text.get_window_extent() for text in ax.texts}
+    assert {"1.40", "0.94", "-1.50", "0.00"} <= set(found)
+    ends = {name: ax.transData.transform((x, 0))[0] for name, x in (("1.40", 1.4), ("0.94", 1.0), ("-1.50", -1.5))}
+    assert found["1.40"].x0 > ends["1.40"] and found["-1.50"].x1 < ends["-1.50"]
+    assert found["0.94"].x0 > ends["0.94"], "beyond the limit of 1, not on it"
+    dashed = [line for line in ax.lines if line.get_linestyle() == "--" and len(line.get_xdata())]
+    assert [line.get_xdata()[0] for line in dashed] == [1.0, 0.0], "none for the paper's bar, and none for NaN"
+    assert all(text.get_zorder() > line.get_zorder() for text in ax.texts for line in ax.lines)
+    (legend,) = figure.legends
+    assert not legend.get_window_extent().overlaps(ax.get_window_extent())
+
+
+@pytest.mark.parametrize("width", [None, 7.0])
+def test_no_number_lies_on_its_limit_or_on_the_frame(width):
+    rows = [("pydocs", "padding", 1.0, 1.0), ("pydocs", "minibatch_packing", 1.41, 1.55), ("math", "padding", 0.9, 1.0)]
+    table = pd.DataFrame(rows, columns=["corpus", "strategy", "speed_up", "limit"])
+    table = table.assign(speed_up_low=table["speed_up"], speed_up_high=table["speed_up"])
+    figure = figures.bars_with_limits(table, "bars", width=width, row=0.6)
+    drawn(figure)
+    inside(figure)
+    for ax in figure.axes:
+        limits = [line for line in ax.lines if line.get_linestyle() == "--" and len(line.get_xdata())]
+        for text, line in zip(ax.texts, limits, strict=True):
+            assert text.get_window_extent().x0 > ax.transData.transform((line.get_xdata()[0], 0))[0]
+
+
+@pytest.mark.parametrize("low, high, some", [(2, 40, {"5", "10", "20"}), (8, 3e4, {"10", "100", "1,000", "10,000"})])
+def test_logarithmic_axes_have_plain_numbers(low, high, some):
+    figure, (ax,) = figures.new(6, 4, "numbers")
+    ax.plot([1, 2], [low, high])
+    ax.set_yscale("log")
+    figures.plain_numbers(ax.yaxis)
+    figure.canvas.draw()
+    bottom, top = ax.get_ylim()
+    shown = {tick.label1.get_text() for tick in ax.yaxis.get_major_ticks() if bottom <= tick.get_loc() <= top}
+    assert some <= shown and not any("$" in text for text in shown)
+    assert not ax.yaxis.get_minor_ticks()
 
 
 def test_curves_have_their_limit():
@@ -107,8 +168,8 @@ def test_a_png_is_small_and_says_what_it_shows(table):
     figure = figures.bars_with_limits(table, "packing pays: Σ n² × 2")
     with Image.open(io.BytesIO(figures.png(figure))) as image:
         assert image.info["Description"] == figure.alt == "packing pays: Σ n² × 2" and image.mode == "P"
-    with Image.open(io.BytesIO(figures.png(figure, "other words"))) as image:
-        assert image.info["Description"] == "other words"
+    with Image.open(io.BytesIO(figures.png(figure, "other words", Drawn="today"))) as image:
+        assert image.info["Description"] == "other words" and image.info["Drawn"] == "today"
     assert not plt.get_fignums(), "nothing stays open"
 
 

@@ -8,6 +8,7 @@ from disk; the site needs no network.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -15,19 +16,26 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+from bs4 import BeautifulSoup, Tag
 
 from packlib.lab import records
 from packlib.lab.pages import reproduce
 
 logger = logging.getLogger(__name__)
-FILL_IN = "smoke"  # preset of the notebooks that no run has
+FILL_IN = "smoke"  # preset of the notebooks that no run has, but for what is published
+PUBLISHED = {"04_prove_isolation": {"matrix": "published"}}
 PARAMETERS = {"parameters", "injected-parameters"}  # tags of cells that a run may change
-TEXT_CELL = re.compile(r"<td(?=[^>]*>\s*(?!NaN<)([A-Za-z\[{(]|[^<]*[A-Za-z]{3}))")  # pandas aligns it as numbers
+WORDS = re.compile(r"(?!NaN$)([A-Za-z\[{(]|.*[A-Za-z]{3})", re.DOTALL)  # the text of a cell that is no number
+SHORT = 24  # letters of a cell that is not broken into lines
+TABLE = re.compile(r"<table\b.*?</table>", re.DOTALL)
+PANDAS_STYLE = re.compile(r"<style scoped>.*?</style>\s*", re.DOTALL)  # it would align every header right
+RED = re.compile(r"🔴(?![^<]*>)")  # in a text: not every browser has a glyph for it
 LINK = re.compile(r"\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 CONFIGURATION = """
 project = "Packing, measured"
@@ -43,19 +51,40 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 """
 STYLE = """
-.content { width: 61em; min-width: 0; }  /* 120 columns of code */
-.sidebar-drawer { width: calc(50% - 39.5em); }
-.output, p:has(> img:only-child) { overflow-x: auto; }
-.output img { height: auto; max-width: 100%; }
-.output table { border-collapse: collapse; margin: 0.5rem 0; }
-.output table, table:has(th:nth-child(7)) { font-size: var(--font-size--small); }
-.output th, .output td { padding: 0.15rem 0.6rem; text-align: right; }
-.output td[data-text], .output tbody th { text-align: left; }
+.main { min-width: 0; }  /* else as wide as .content would like to be */
+.content { width: 61em; min-width: 0; padding: 0 1em; }  /* 120 columns of code */
+.sidebar-drawer { width: calc(50% - 31.5em); }
+.toc-drawer { flex-shrink: 0; }
+.related-pages a[class] { max-width: calc(50% - 0.75rem); }
+.red { color: var(--color-problematic); }
+.alert .red { color: inherit; }  /* an alert has its own red, on its own ground */
 .alert { margin: 0.5rem 0 1rem; }
+.output img { height: auto; max-width: 100%; }
+.output, p:has(> img:only-child), .table-wrapper { overflow-x: auto; }
+.output:has(table), .table-wrapper {  /* a shadow where there is more: what scrolls along covers it at the end */
+    --cover: var(--color-background-primary) 1rem, transparent;
+    --shadow: var(--color-background-item), transparent;
+    background: linear-gradient(to right, var(--cover)) local left / 2.5rem,
+        linear-gradient(to left, var(--cover)) local right / 2.5rem,
+        linear-gradient(to right, var(--shadow)) left / 0.75rem,
+        linear-gradient(to left, var(--shadow)) right / 0.75rem;
+    background-repeat: no-repeat;
+}
+article[role=main] table { border: 0; border-collapse: collapse; box-shadow: none; margin: 0.5rem 0; }
+article[role=main] table :is(th, td) {
+    background: none; border: 0; border-bottom: 1px solid var(--color-table-border);
+    padding: 0.2rem 0.6rem; text-align: left; vertical-align: top;
+}
+article[role=main] table thead th { vertical-align: bottom; }
+article[role=main] table :is(th, td)[data-number] { text-align: right; }
+article[role=main] table :is(th, td) > p { margin: 0; }
+[data-short] { white-space: nowrap; }
+.output table, table:has(th:nth-child(7)) { font-size: var(--font-size--small); }
 @media (min-width: 48em) { .output pre { white-space: pre-wrap; } }
 @media (max-width: 48em) {
-    .output img, p > img:only-child { max-width: none; width: 44rem; }
-    table:has(th:nth-child(4)) { min-width: 44rem; }  /* its rows else grow as high as a page */
+    h1 > .headerlink { display: none; }  /* it would wrap to a line of its own */
+    .output img, p > img:only-child { max-width: 44rem; }
+    tbody :is(th, td):not([data-short]) { min-width: 12em; }  /* rows else grow as high as a page */
 }
 @media print { .output, pre { overflow: visible; white-space: pre-wrap; } .output table { font-size: 7pt; } }
 """
@@ -73,9 +102,47 @@ def build(runs: Iterable[str], output: Path) -> Path:
         command = [sys.executable, "-m", "sphinx", "--quiet", "--jobs=auto", str(source), str(made)]
         if subprocess.run(command, check=False).returncode:
             raise RuntimeError("Sphinx made no book; it says why above (make book installs what it needs)")
+        for page in made.rglob("*.html"):
+            page.write_text(_finished(page.read_text(encoding="utf-8")), encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         shutil.copytree(made, output, ignore=shutil.ignore_patterns(".*"))
     return output / "index.html"
+
+
+def _finished(page: str) -> str:
+    """A page of Sphinx with what the looks need: marks on the cells of tables, and a red circle that is drawn."""
+    page = TABLE.sub(lambda table: _marked(table[0]), PANDAS_STYLE.sub("", page))
+    return RED.sub('<span class="red">●</span>', page)
+
+
+def _marked(table: str) -> str:
+    """A table: columns of numbers get `data-number`, headers too, and cells that stay on one line `data-short`.
+
+    A column is of numbers if most of its cells are: words among them, or a number among words, do not make it ragged.
+    """
+    soup = BeautifulSoup(table, "html.parser")
+    taken: set[tuple[int, int]] = set()  # rows and columns of the cells so far
+    columns: defaultdict[int, list[Tag]] = defaultdict(list)
+    for y, row in enumerate(soup.find_all("tr")):
+        for cell in row.find_all(["th", "td"]):
+            x = next(x for x in itertools.count() if (y, x) not in taken)
+            high, wide = (int(str(cell.get(name, "1"))) for name in ("rowspan", "colspan"))
+            taken |= {(y + down, x + right) for down in range(high) for right in range(wide)}
+            if wide == 1:
+                columns[x].append(cell)
+    for cells in columns.values():
+        body = [cell for cell in cells if not cell.find_parent("thead")]
+        words = {id(cell): cell.name == "th" or bool(WORDS.match(_text(cell))) for cell in body if _text(cell)}
+        for cell in cells if sum(words.values()) * 2 < len(words) else ():
+            cell["data-number"] = ""
+        for cell in body:
+            if len(_text(cell)) <= SHORT or not WORDS.match(_text(cell)):
+                cell["data-short"] = ""
+    return str(soup)
+
+
+def _text(cell: Tag) -> str:
+    return cell.get_text().strip()
 
 
 def _executed(folders: list[Path]) -> dict[str, Path]:
@@ -91,7 +158,7 @@ def _executed(folders: list[Path]) -> dict[str, Path]:
 
     def execute(name: str) -> None:
         logger.info("%s is in none of these runs: preset %s runs it now", name, FILL_IN)
-        reproduce.execute(sources[name], filled, preset[name] or {})
+        reproduce.execute(sources[name], filled, (preset[name] or {}) | PUBLISHED.get(name, {}))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(execute, missing))  # a list, so that what fails is raised
@@ -181,9 +248,6 @@ class _Site:
         for cell in notebook.cells:
             if cell.cell_type == "markdown":
                 cell.source = self._linked(cell.source, file)
-            for output in cell.get("outputs", ()):
-                if table := output.get("data", {}).get("text/html"):
-                    output.data["text/html"] = TEXT_CELL.sub("<td data-text", table)
         title, _, rest = notebook.cells[0].source.partition("\n")
         notebook.cells[0].source = f"{title}\n\n*{note}*\n{rest}"
         return nbformat.writes(notebook)

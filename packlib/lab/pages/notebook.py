@@ -58,8 +58,21 @@ def start(notebook: str, names: Mapping[str, Any]) -> Run:
     figures.theme()
     pd.set_option("display.max_colwidth", None)
     shown = checked | {"run": folder.name}  # without the folders of this machine
-    display(pd.DataFrame({"value": {name: str(value) for name, value in shown.items()}}).rename_axis("parameter"))
+    display(pd.DataFrame({"value": {name: in_words(value) for name, value in shown.items()}}).rename_axis("parameter"))
     return Run(notebook, title(notebook), folder)
+
+
+def in_words(value: Any) -> str:
+    """A parameter as it is read: lists with commas, mappings as `name: value`, lists of mappings one after the other.
+
+    >>> in_words([1, 2]), in_words({"limit": 9, "seeds": []}), in_words([{"corpus": "a"}, {"corpus": "b"}])
+    ('1, 2', 'limit: 9; seeds: –', '(corpus: a), (corpus: b)')
+    """
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {in_words(one)}" for name, one in value.items()) or "–"
+    if isinstance(value, list | tuple):
+        return ", ".join(f"({in_words(one)})" if isinstance(one, Mapping) else in_words(one) for one in value) or "–"
+    return str(value).replace("_{split}.npz", "") if value != "" else "–"
 
 
 def check(names: Mapping[str, Any]) -> dict[str, Any]:

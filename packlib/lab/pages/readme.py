@@ -2,11 +2,14 @@
 
 A block begins with `<!-- table: NAME RUN -->` and ends with `<!-- end -->`; between them stands `BLOCKS[NAME]` of
 papermill_runs/RUN/records, nothing where they hold nothing for it. The figure's alt text has all of its numbers and is
-stored in the PNG, so that `--check`, which only compares, notices an old picture.
+stored in the PNG, with a digest of the code that drew it, so that `--check`, which only compares, notices an old
+picture.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -200,9 +203,16 @@ def _draw(frame: pd.DataFrame, path: Path, text: str) -> None:
     first = table.drop_duplicates("strategy").set_index("strategy")["speed_up"]
     said = f"{first['minibatch_packing']:.2f} × as fast flattened, {first['multipack_posid']:.2f} × in full rows"
     title = f"{NAME} on {_devices(_speed(frame))}, {table['data'].iloc[0]}: {said}"
-    picture = figures.bars_with_limits(table.assign(corpus=table["data"]), title)
+    picture = figures.bars_with_limits(table.assign(corpus=table["data"]), title, width=11.5, row=0.62)
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(figures.png(picture, text))
+    path.write_bytes(figures.png(picture, text, Drawn=_drawing()))
+
+
+def _drawing() -> str:
+    """Digest of the code that draws the figure: a picture of other code is an old one."""
+    code = [inspect.getsource(part) for part in (_draw, figures.bars_with_limits, figures.bar, figures.head)]
+    look = [repr(part) for part in (figures.THEME, figures.LIMIT, figures.NUMBER, *map(figures.style, HEADLINE))]
+    return hashlib.sha256("\n".join([*code, *look]).encode()).hexdigest()[:16]
 
 
 def render(text: str, *, draw: bool = False) -> tuple[str, list[str]]:
@@ -221,7 +231,7 @@ def render(text: str, *, draw: bool = False) -> tuple[str, list[str]]:
         if not len(frame):
             raise ValueError(f"papermill_runs/{run}/records is empty; expected the records of a published run")
         new, picture = BLOCKS[name](frame, run), folder / "figures" / "readme.png"
-        old_picture = name == "figure" and _description(picture) != new
+        old_picture = name == "figure" and _told(picture) != (new, _drawing())
         if old_picture and draw:
             _draw(frame, picture, new)
         new += "\n" if new else ""
@@ -232,12 +242,12 @@ def render(text: str, *, draw: bool = False) -> tuple[str, list[str]]:
     return BLOCK.sub(block, text), stale
 
 
-def _description(picture: Path) -> str | None:
-    """The description in a PNG file; None without one."""
+def _told(picture: Path) -> tuple[str | None, str | None]:
+    """The description in a PNG file and the digest of what drew it; None where it has none."""
     if not picture.exists():
-        return None
+        return None, None
     with Image.open(picture) as image:
-        return image.info.get("Description")
+        return image.info.get("Description"), image.info.get("Drawn")
 
 
 def update(*, check: bool = False) -> str:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from pandas.io.formats.style import Styler
 
 from packlib.lab import figures, paper, records, tables
 from packlib.lab.figures import Picture
@@ -229,7 +230,7 @@ def results(folder: Path, planned: Sequence[Arm], further: Sequence[str] = ()) -
 def extent(found: pd.DataFrame) -> str:
     """How many of the planned runs of `results` have a result: a line for where a figure is not drawn."""
     if not len(found):
-        return "This run does not ask it."
+        return "This run does not ask it. What is expected was written down before: papermill_runs/LOG.md, 2026-11-25."
     return f"{(found['status'] == 'ok').sum()} of {len(found)} runs have a result."
 
 
@@ -324,6 +325,14 @@ def causes(found: pd.DataFrame) -> pd.DataFrame:
         for row in differences(found[found["arm"].isin([changed, base])], base).to_dict("records"):
             rows.append(row | {"label": cause.label, "advice": f"{cause.label}: {_advice(cause, row)}"})
     return pd.DataFrame(rows)
+
+
+def pairs(table: pd.DataFrame) -> Styler:
+    """`causes` as it is read: pair, difference and interval in nats, standard errors, seeds."""
+    names = {"label": "pair", "difference": "difference (nats)", "low": "from", "high": "to"}
+    names |= {"standard_errors": "standard errors", "n": "seeds"}
+    nats = dict.fromkeys(("difference (nats)", "from", "to"), "{:+.4f}")
+    return table[list(names)].rename(columns=names).style.format(nats | {"standard errors": "{:.1f}"}, na_rep="")
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -484,14 +493,18 @@ def arm_curves(curves: pd.DataFrame, xs: Mapping[str, str], y: str, title: str, 
         line = dashes.get(variant, "-.")
         by_step = runs.groupby("step")
         mean, low, high = by_step[y].mean(), by_step[y].min(), by_step[y].max()
-        for ax, (column, xlabel) in zip(axes, xs.items()):
+        for ax, column in zip(axes, xs):
             x = by_step[column].mean()
             often = max(1, len(x) // 8)
             ax.plot(x, mean, color=color, marker=marker, linestyle=line, markevery=often, markersize=6, label=arm)
             ax.fill_between(x, low, high, color=color, alpha=0.12, linewidth=0)
-            ax.set_xlabel(xlabel)
-            ax.xaxis.set_major_formatter("{x:,g}")
-            ax.locator_params(axis="x", nbins=5)
+    for ax, (column, xlabel) in zip(axes, xs.items()):
+        ax.set_xlabel(xlabel)
+        ax.xaxis.set_major_formatter("{x:,g}")
+        ax.locator_params(axis="x", nbins=5)
+        if timeless := curves["arm"].nunique() - curves.dropna(subset=column)["arm"].nunique():
+            said = f"{timeless} arms without times:\nthey shared the device"
+            ax.text(0.97, 0.95, said, transform=ax.transAxes, ha="right", va="top", fontsize=10)
     axes[0].set_ylabel(ylabel)
     figure.legend(handles=axes[0].get_lines(), loc="outside lower center", ncols=columns)
     return figures.head(figure, title)

@@ -58,6 +58,7 @@ VERDICTS = {
     "refused": "#949494",
     "unsupported": "#f2f2f2",
 }
+NARROW = 9.0  # inches that the legend of the verdicts needs to stand on one line
 WEIGHED = (4, 9, 60)  # tokens of the examples whose loss is averaged in two ways
 Examples = Sequence[Sequence[int]]
 Batch = dict[str, Any]
@@ -354,7 +355,10 @@ def heat_map(record: Mapping[str, Any], dtype: str = "float32") -> Picture:
     by_attention = cells[cells["verdict"] == "leak"].groupby("attention").size()
     told = ", ".join(f"{attention} {by_attention.get(attention, 0)}" for attention in attentions)
     alt = f"Heat map of isolation verdicts for {len(models)} model types with transformers {version}. "
-    figure, (ax,) = figures.new(1.8 + 0.36 * grid.shape[1], 3.6 + 0.24 * len(models), f"{alt}Leaking cells: {told}.")
+    width = 1.8 + 0.36 * grid.shape[1]
+    small = width < NARROW  # the legend of a few columns of cells has rows of its own
+    size = (max(width, 6.5), 4.4 + 0.24 * len(models)) if small else (width, 3.6 + 0.24 * len(models))
+    figure, (ax,) = figures.new(*size, f"{alt}Leaking cells: {told}.")
     ax.imshow(grid, cmap=ListedColormap(list(VERDICTS.values())), vmin=-0.5, vmax=len(VERDICTS) - 0.5, aspect="auto")
     down, across = np.nonzero(leaks)
     ax.scatter(across, down, marker="x", s=22, color="black", linewidths=1.1)
@@ -367,16 +371,17 @@ def heat_map(record: Mapping[str, Any], dtype: str = "float32") -> Picture:
     ax.tick_params(which="both", length=0)
     for k, attention in enumerate(attentions):
         middle = (k + 0.5) * len(situations) - 0.5
-        ax.text(middle, -0.8, attention, ha="center", va="bottom", fontsize=11, weight="bold")
+        above: dict[str, Any] = {"xycoords": ax.get_xaxis_transform(), "xytext": (0, 5), "textcoords": "offset points"}
+        ax.annotate(attention, (middle, 1), **above, ha="center", fontsize=11, weight="bold")
         ax.axvline(k * len(situations) - 0.5, color="black", linewidth=2)
     found = f"packed examples see each other in {int(leaks.sum())} of {len(cells)} cells"
-    ax.set_title(f"transformers {version}, {dtype}: {found}", pad=26)
     handles = [
         Patch(facecolor=color, edgecolor="grey", label="leak (×)" if name == "leak" else name)
         for name, color in VERDICTS.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=10, frameon=False)
-    return figure
+    columns = 2 if small else len(handles)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=10, frameon=False)
+    return figures.head(figure, f"transformers {version}, {dtype}: {found}")
 
 
 def publish(models: Sequence[str] = MODELS, folder: Path | None = None) -> str:
@@ -401,14 +406,16 @@ def findings(record: Mapping[str, Any], dtype: str, equal: pd.DataFrame) -> list
     ran = cells[~cells["verdict"].isin(["unsupported", "refused"])]
     leaks = ran[ran["verdict"] == "leak"]
     ours = cells[(cells["attention"] == "packlib_varlen") & (cells["situation"] == "FlatteningCollator")]
-    ours, refused = ours[ours["verdict"] == "leak"], sum(ours["verdict"] == "refused")
-    where, attention = "combinations of model, attention and situation that run", sum(ours["culprit"] == "attention")
+    where, leaking = "combinations of model, attention and situation that run", ours[ours["verdict"] == "leak"]
+    own = [
+        f"packlib_varlen with FlatteningCollator's batch: {sum(leaking['culprit'] == 'attention')} leaks in attention, "
+        f"{len(leaking)} in all; {sum(ours['verdict'] == 'refused')} model types refused."
+    ]
     return [
         f"transformers {record['environment']['transformers']}: {len(leaks)} of {len(ran)} {where} leak.",
         f"{len(record['disagreements'])} of {len(record['cells'])} verdicts disagree with float64: "
         f"false alarms and misses.",
-        f"packlib_varlen with FlatteningCollator's batch: {attention} leaks in attention, {len(ours)} in all; "
-        f"{refused} model types refused.",
+        *(own if len(ours) else []),
         *_mended(cells),
         f"Packed against one at a time, the largest relative error of any parameter's gradient is "
         f"{equal['gradient_error'].max():.1e}.",

@@ -285,6 +285,7 @@ def against_tokens(table: pd.DataFrame, mix: str, device: str) -> Picture:
     ax.axhline(ceiling, label="measured ceiling: a matrix product", **figures.LIMIT)
     figures.log2_axis(ax)
     ax.set_yscale("log")
+    figures.plain_numbers(ax.yaxis)
     ax.set(title=title, xlabel="tokens in the batch", ylabel="useful TFLOP/s")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -292,7 +293,7 @@ def against_tokens(table: pd.DataFrame, mix: str, device: str) -> Picture:
 
 def against_mix(table: pd.DataFrame, tokens: int, device: str) -> Picture:
     """Share of the ceiling that each arm turns into useful work, one group a length mix, with the mix's waste."""
-    title = f"{tokens} tokens, {device}: {_gained(gain(table, 'mix'))}"
+    title = f"{tokens:,} tokens, {device}: {_gained(gain(table, 'mix'))}"
     waste, arms = table.groupby("mix")["metrics.waste"].max().sort_values(), list(dict.fromkeys(table["arm"]))
     mixes, width = list(waste.index), 0.6 / max(len(arms) - 1, 1)
     figure, (ax,) = figures.new(8.5, 4.8, title)

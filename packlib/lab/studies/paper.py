@@ -143,7 +143,7 @@ def side_by_side(arms: pd.DataFrame, data: Mapping[str, str], stand_ins: Mapping
     arms: from `speed_arms`. data: beginning of a corpus's short name -> the paper's data set. stand_ins: model -> the
     paper's model that its ratios are set beside (`like`). Rows of the paper that were not measured have no `run`.
     floor: the part of padding's peak memory that batching cannot change, weights, gradients and optimiser states; NaN
-    on a CPU, where the process's own memory counts too.
+    on a CPU, where the process's own memory counts too, and with adapters, where most weights have no states.
     """
     # 1. Ours, and the paper's values of the same model.
     columns = ["run", "model", "corpus", "strategy", *VALUES, *RATIOS, "limit"]
@@ -176,9 +176,10 @@ def _stands_for(corpus: str, data: Mapping[str, str]) -> str:
 
 
 def _state_bytes(record: pd.Series) -> float:
-    """Bytes of weights, gradients and AdamW's moments of a run on a GPU; NaN on a CPU and where they are not known."""
-    name = record["architecture"]
-    if not record["environment.device_count"] or not models.architecture(name):
+    """Bytes of weights, gradients and AdamW's moments of a run on a GPU that trains all of its weights; else NaN."""
+    name, rank = record["architecture"], record.get("rig.lora_rank")
+    adapters = pd.notna(rank) and rank > 0
+    if not record["environment.device_count"] or not models.architecture(name) or adapters:
         return np.nan
     config = models.model_config(name, layers=None if pd.isna(record["layers"]) else int(record["layers"]))
     return STATE_BYTES[record["dtype"]] * models.parameter_count(config).total
@@ -317,8 +318,8 @@ def _minibatch(table: pd.DataFrame) -> pd.DataFrame:
 
 
 LINES = {  # of a ratio: axis, column that is dashed on our bars, what that is
-    "speed_up": ("real tokens/s, relative to padding", "limit", "limit of dropping\nthe pads"),
-    "memory_ratio": ("peak memory, relative to padding", "floor", "weights, gradients and\noptimiser states"),
+    "speed_up": ("real tokens/s, relative to padding", "limit", "limit of dropping the pads"),
+    "memory_ratio": ("peak memory, relative to padding", "floor", "weights, gradients and optimiser states"),
 }
 
 
@@ -331,16 +332,8 @@ def ratio_bars(table: pd.DataFrame, value: str, by: Sequence[str], title: str) -
     theirs = named.assign(source="paper", **{value: named[f"{value}_paper"]})
     both = pd.concat([theirs, named.assign(source="ours")])
     title = f"{title}:\n{_span(named[value])} here, {_span(theirs[value])} in the paper"
-    figure = figures.beside_paper(both, value, title, xlabel)
-    (ax,) = figure.axes
-    for y, (at, end) in enumerate(zip(named[line], named[value])):
-        ax.plot([at, at], [y, y + 0.4], **figures.LIMIT)
-        if end < at < end + 0.12 * ax.get_xlim()[1]:  # the number would lie under the line
-            ax.texts[len(named) + y].set_x(at)
-    ax.plot([], [], label=meaning, **figures.LIMIT)
-    ax.axvline(1, color="0.4", linewidth=1)
-    ax.set(ylim=(len(named) - 0.4, -0.6))
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure = figures.beside_paper(both, value, title, xlabel, decimals=2, limit=line, meaning=meaning)
+    figure.axes[0].axvline(1, color="0.4", linewidth=1)
     return figure
 
 

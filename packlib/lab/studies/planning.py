@@ -217,7 +217,7 @@ def row_pictures(lengths: np.ndarray, chosen: Sequence[str], *, batch_size: int,
     """The rows that some planners (labels of `planners`) make of the same few examples, a panel each, up to three wide.
 
     Each block is an example, with its number where there is room, in a colour of its own; what is broken is crossed out
-    in vermilion, padding is grey, the capacity dashed. Raises `ValueError` for an unknown label.
+    in vermilion (cut or cropped), padding is grey, the capacity dashed. Raises `ValueError` for an unknown label.
     """
     made = {}
     for name in chosen:
@@ -233,24 +233,28 @@ def row_pictures(lengths: np.ndarray, chosen: Sequence[str], *, batch_size: int,
     for ax in axes[len(made) :]:
         ax.set_visible(False)
     for ax, count, (name, plan) in zip(axes, lines, made.items()):
-        _draw_rows(ax, plan, len(lengths), padded[name], numbers=max_tokens / width / 5 if count <= 40 else np.inf)
+        _draw_rows(ax, plan, lengths, padded[name], numbers=max_tokens / width / 5 if count <= 40 else np.inf)
         ax.axvline(max_tokens, color="black", linestyle="--", linewidth=1.2)
-        broken = f", {_broken(plan).sum()} broken" if _broken(plan).any() else ""
+        count_broken = _broken(plan, lengths).sum()
+        broken = f", {count_broken} broken" if count_broken else ""
         ax.set_title(f"{name}: {len(plan)} {'batches' if padded[name] else 'rows'}{broken}", fontsize=11)
         ax.set(xlim=(0, max_tokens * 1.02), ylim=(count - 0.4, -0.6), yticks=[], xlabel="tokens")
         ax.grid(False)
     return figure
 
 
-def _broken(plan: Plan) -> np.ndarray:
-    """Which examples lie in more than one piece: bool, by example."""
-    return np.bincount(plan.example) > 1
+def _broken(plan: Plan, lengths: np.ndarray) -> np.ndarray:
+    """Which examples are in the plan, but not in one piece: cut, cropped or truncated. bool, by example."""
+    seen = np.bincount(plan.example, minlength=len(lengths)) > 0
+    whole = plan.stop - plan.start == lengths[plan.example]
+    seen[plan.example[whole]] = False
+    return seen
 
 
-def _draw_rows(ax: Axes, plan: Plan, examples: int, padded: bool, numbers: float) -> None:
+def _draw_rows(ax: Axes, plan: Plan, lengths: np.ndarray, padded: bool, numbers: float) -> None:
     """One line a row, or, padded, one line an example and a rule between mini-batches. numbers: from this width on."""
-    colors = np.random.default_rng(0).permutation(sns.husl_palette(examples, s=0.7, l=0.75))  # neighbours differ
-    broken, y = _broken(plan), 0
+    colors = np.random.default_rng(0).permutation(sns.husl_palette(len(lengths), s=0.7, l=0.75))  # neighbours differ
+    broken, y = _broken(plan, lengths), 0
     for row in plan:
         if padded and y:
             ax.axhline(y - 0.5, color="black", linewidth=0.8)
@@ -307,6 +311,7 @@ def fill_by_buffer_lines(table: pd.DataFrame) -> Picture:
         ax.plot(line["buffer"], 100 * line["row_fill"], **look, label=f"stream, {source}")
     ax.axhline(100 * offline, **figures.LIMIT, label="plan of all examples")
     ax.set(title=title, xscale="log", xlabel="examples in the buffer", ylabel="row fill (%)")
+    figures.plain_numbers(ax.xaxis)
     ax.legend(loc="lower right")
     return figure
 
@@ -327,6 +332,7 @@ def drift(named: Mapping[str, Plan]) -> Picture:
         ax.plot(x, mean, color=COLORS[i * 2], linewidth=2.4, label="running mean")
         ax.set(title=name, xlabel="progress of the epoch (%)", yscale="log")
         ax.legend()
+    figures.plain_numbers(axes[0].yaxis)
     axes[0].set_ylabel("examples per row")
     return figure
 
@@ -348,11 +354,11 @@ def rank_waiting(named: Mapping[str, Plan], world_size: int, steps: int = 40) ->
     for i, (ax, (name, plan)) in enumerate(zip(axes, named.items())):
         costs = rank_costs(plan, world_size)[:steps]
         color, marker = COLORS[3 if i == 0 else 0], figures.MARKERS[i]
-        ax.plot(costs, ".", color="0.6", markersize=5)
+        ax.plot(costs, ".", color="0.6", markersize=5, label=["every rank", *[""] * (costs.shape[1] - 1)])
         ax.plot(costs.max(axis=1), color=color, marker=marker, markersize=5, label="slowest rank")
         ax.axhline(1, color="black", linewidth=1)
         ax.set(title=f"{name}: slowest {found[name]:.2f} × the mean", xlabel="optimiser step")
-        ax.legend(loc="upper right")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
     axes[0].set_ylabel("Σ n² of a rank / mean of the ranks")
     return figure
 

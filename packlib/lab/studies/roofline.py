@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from packlib.lab import figures, models
 from packlib.lab.figures import LIMIT, Picture
 from packlib.lab.records import had_device_alone
-from packlib.lab.strategies import get_strategy
+from packlib.lab.strategies import STRATEGIES, get_strategy
 
 Record = Mapping[str, Any]
 ITEMSIZE = 2  # bytes of a bfloat16 number
@@ -84,8 +86,9 @@ def roofline(table: pd.DataFrame) -> Picture:
     figure, (ax,) = figures.new(10.5, 5.6, f"Roofline. {title}; {len(table)} measured runs under it")
     ends = np.geomspace(table["intensity"].min() / 2, max(table["intensity"].max(), matmul / copy) * 3, 100)
     ax.plot(ends, np.minimum(matmul, ends * copy) / 1e12, **LIMIT, label="roof: measured matrix and copy rate")
-    named: list[tuple[str, float, float]] = []  # two that nearly coincide need one name
-    for (strategy, rig), rows in table.groupby(["strategy", "rig"], sort=False):
+    found = dict(list(table.groupby(["strategy", "rig"], sort=False)))
+    for strategy, rig in sorted(found, key=lambda arm: (arm[1] != "plain", list(STRATEGIES).index(arm[0]))):
+        rows = found[strategy, rig]
         color, _, marker = figures.style(strategy)
         look: dict[str, Any] = {
             "marker": marker,
@@ -93,14 +96,11 @@ def roofline(table: pd.DataFrame) -> Picture:
             "linestyle": "none",
             "color": color,
         }
+        if get_strategy(strategy).trl is not None:  # lies on ours: larger than it, of open lines, and above it
+            look |= {"markersize": 20, "markeredgewidth": 2.5, "zorder": 4, "path_effects": figures.HALO}
         ax.plot(rows["intensity"], rows["slot_flops"] / 1e12, **look, label=f"{figures.label(strategy)}, {rig}")
         ax.plot(rows["intensity"], rows["useful_flops"] / 1e12, **look, fillstyle="none")
         ax.vlines(rows["intensity"], rows["useful_flops"] / 1e12, rows["slot_flops"] / 1e12, color=color)
-        for _, row in rows.iterrows():
-            x, y, corpus = row["intensity"], row["useful_flops"] / 1e12, row["corpus"]
-            if not any(c == corpus and abs(x / a - 1) < 0.1 and abs(y / b - 1) < 0.1 for c, a, b in named):
-                ax.text(x * 1.07, y, corpus, va="top", fontsize=10)
-            named.append((corpus, x, y))
     ax.set(xscale="log", yscale="log", xlabel="work for each byte moved (FLOP / byte)", ylabel="TFLOP/s")
     for axis, ticks in ((ax.xaxis, (100, 200, 500, 1000, 2000, 5000, 10_000)), (ax.yaxis, (50, 100, 200, 400, 800))):
         axis.set_major_locator(FixedLocator(ticks))
@@ -108,7 +108,34 @@ def roofline(table: pd.DataFrame) -> Picture:
         axis.set_major_formatter("{x:,.0f}")
     ax.set_title(title)
     ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="filled: slots, hollow: real tokens")
+    _name(figure, ax, table)
     return figure
+
+
+def _name(figure: Picture, ax: Axes, table: pd.DataFrame) -> None:
+    """Write every point's corpus beside it, where neither a point, a stem nor another name lies; once for two alike."""
+    figure.draw_without_rendering()  # places axes and legend
+    taken = []  # boxes of points and stems
+    for row in table.itertuples():
+        ends = np.array([(row.intensity, row.slot_flops / 1e12), (row.intensity, row.useful_flops / 1e12)])
+        (x, top), (_, bottom) = ax.transData.transform(ends)
+        taken.append(Bbox([[x - 10, bottom - 10], [x + 10, top + 10]]))
+    named: list[tuple[str, float, float]] = []
+    for row in table.itertuples():
+        x, y = row.intensity, row.useful_flops / 1e12
+        if any(c == row.corpus and abs(x / a - 1) < 0.1 and abs(y / b - 1) < 0.1 for c, a, b in named):
+            continue
+        named.append((row.corpus, x, y))
+        for away, side in (((11, 0), "left"), ((-11, 0), "right"), ((0, -16), "center"), ((0, 16), "center")):
+            look: dict[str, Any] = {"path_effects": figures.HALO, "zorder": 5, "fontsize": 10, "va": "center"}
+            text = ax.annotate(str(row.corpus), (x, y), xytext=away, textcoords="offset points", ha=side, **look)
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:  # no room anywhere: the halo has to do
+            text = ax.annotate(str(row.corpus), (x, y), xytext=(11, 0), textcoords="offset points", **look)
+        taken.append(text.get_window_extent())
 
 
 # Findings

@@ -183,6 +183,7 @@ def token_strips(batch: Batch, lengths: Sequence[int], names: Sequence[str] = TE
     ax.set_title(f"{len(lengths)} segments in one row of {len(owner)} slots")
     ax.grid(False)
     ax.tick_params(length=0)
+    ax.tick_params(axis="x", pad=8)  # below the ends of the rules
     ax.spines[:].set_visible(False)
     return figure
 

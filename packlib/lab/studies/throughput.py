@@ -207,8 +207,8 @@ def memory_bars(table: pd.DataFrame, model: str) -> Picture:
         for y, arm in enumerate(arms):
             if arm in gigabytes.index:
                 figures.bar(ax, y, gigabytes[arm], arm[0])
-                ax.text(gigabytes[arm], y, f" {gigabytes[arm]:.2f}", va="center", fontsize=10)
-        ax.set(title=str(group), xlabel="peak memory (GB)", xlim=(0, gigabytes.max() * 1.15))
+                ax.text(gigabytes[arm] * 1.02, y, f"{gigabytes[arm]:.2f}", **figures.NUMBER)
+        ax.set(title=str(group), xlabel="peak memory (GB)", xlim=(0, gigabytes.max() * 1.28))
         ax.set_yticks(range(len(arms)), [tables.arm_label(*arm) for arm in arms])
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()

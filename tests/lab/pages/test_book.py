@@ -1,27 +1,55 @@
-"""The book's pages before Sphinx sees them; what a reader sees is tested in a browser (tests/browser)."""
+"""The book's pages before and after Sphinx; what a reader sees is tested in a browser (tests/browser)."""
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 
 from packlib.lab.pages import book
 
 
+def cells(page):
+    """Text of every cell of a finished page, and the marks it got."""
+    found = BeautifulSoup(book._finished(page), "html.parser").select("th, td")
+    return {cell.text.strip(): {name for name in cell.attrs if name.startswith("data-")} for cell in found}
+
+
 @pytest.mark.parametrize(
-    "cell, text",
+    "cell, number",
     [
-        ("<td>refused: no boundaries</td>", True),
-        ('<td id="T_1" class="data row0" >llama</td>', True),
-        ('<td id="T_1" class="data row0" >1.3e+00</td>', False),
-        ("<td>no</td>", True),
-        ("<td>h200</td>", True),
-        ("<td>['padding']</td>", True),
-        ("<td>4 × 2</td>", False),
-        ("<td>NaN</td>", False),
+        ("<td>refused: no boundaries</td>", False),
+        ('<td id="T_1" class="data row0" >llama</td>', False),
+        ('<td id="T_1" class="data row0" >1.3e+00</td>', True),
+        ("<td><p>1.3 GB</p></td>", True),
+        ("<td><p><strong>no</strong></p></td>", False),
+        ("<td>h200</td>", False),
+        ("<td>['padding']</td>", False),
+        ("<td>4 × 2</td>", True),
+        ("<td>NaN</td>", True),
         ("<td></td>", False),
+        ("<th>7</th>", False),
     ],
 )
-def test_words_of_a_table_are_told_from_numbers(cell, text):
-    assert ("<td data-text" in book.TEXT_CELL.sub("<td data-text", cell)) == text
+def test_words_of_a_table_are_told_from_numbers(cell, number):
+    marks = cells(f"<table><thead><tr><th>head</th></tr></thead><tbody><tr>{cell}</tr></tbody></table>")
+    assert all(("data-number" in found) == number for found in marks.values()), marks
+
+
+def test_a_column_is_aligned_as_most_of_its_cells_and_its_header_with_it():
+    marks = cells(
+        "<table>"
+        "<thead><tr><th></th><th colspan=2>both</th></tr><tr><th>run</th><th>speed</th><th>device</th></tr></thead>"
+        "<tbody><tr><th rowspan=3>h200</th><td>1,024</td><td>16</td></tr>"
+        "<tr><td>2,048</td><td>one that is named in many words</td></tr><tr><td>refused</td><td>H100</td></tr></tbody>"
+        "</table>"
+    )
+    assert {text for text, found in marks.items() if "data-number" in found} == {"speed", "1,024", "2,048", "refused"}
+    short = {text for text, found in marks.items() if "data-short" in found}
+    assert short == {"h200", "1,024", "16", "2,048", "refused", "H100"}
+
+
+def test_a_red_circle_is_drawn_and_pandas_own_looks_are_left_out():
+    page = '<img alt="🔴"><p>🔴 off</p><style scoped>th { text-align: right; }</style>'
+    assert book._finished(page) == '<img alt="🔴"><p><span class="red">●</span> off</p>'
 
 
 def test_a_run_s_own_notebook_is_a_page_that_only_its_report_links_to(tmp_path):
@@ -43,5 +71,5 @@ def test_a_run_s_own_notebook_is_a_page_that_only_its_report_links_to(tmp_path):
     pages = {name: nbformat.read(made / name, 4) for name in ("06.ipynb", "07.ipynb")}
     assert {name: page.metadata.orphan for name, page in pages.items()} == {"06.ipynb": True, "07.ipynb": False}
     assert "[06](06.ipynb)" in (made / "report.md").read_text(encoding="utf-8")
-    assert "<td data-text>llama" in pages["06.ipynb"].cells[1].outputs[0].data["text/html"]
+    assert pages["06.ipynb"].cells[1].outputs[0].data == table
     assert pages["06.ipynb"].cells[0].source == "# Title\n\n*Shown as run `cpu` left it.*\n"

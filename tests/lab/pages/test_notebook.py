@@ -96,7 +96,7 @@ def test_a_run_starts_shows_and_ends(tmp_path, shown):
     run = notebook.start("02_pack_with_position_ids", names)
     assert (run.folder, run.title) == (tmp_path / "here", "Position ids that restart at 0 keep packed examples apart")
     (table,) = shown
-    assert table["value"].to_dict() == {"run": "here", "seed": "0", "rates": "[0.5]"}, "without this machine's folders"
+    assert table["value"].to_dict() == {"run": "here", "seed": "0", "rates": "0.5"}, "without this machine's folders"
 
     figure, _ = figures.new(3, 2, 'what <it> "shows"')
     notebook.show(figure, "02_a", run)

@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from packlib.lab import records
+from packlib.lab import figures, records
 from packlib.lab.pages import readme
 from packlib.lab.runs.spec import RunSpec
 from packlib.lab.studies import convergence
@@ -44,6 +44,18 @@ def test_tables_finds_and_mends_a_wrong_number_and_a_missing_figure(copy):
     picture = copy.parent / "papermill_runs" / "h200" / "figures" / "readme.png"
     readme._draw(records.load_records(copy.parent / "papermill_runs" / "h200"), picture, "other numbers")
     assert readme.render(SHORT)[1] == ["figure"]
+
+
+def test_a_picture_that_other_code_drew_is_an_old_one(copy):
+    copy.write_text(SHORT, encoding="utf-8")
+    readme.update()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(figures.LIMIT, "linewidth", 3)
+        assert readme.render(SHORT)[1] == ["figure"]
+        patch.undo()
+        patch.setattr(figures, "bars_with_limits", figures.forest)
+        assert readme.render(SHORT)[1] == ["figure"]
+    assert readme.render(SHORT)[1] == []
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ def drawn(figure) -> list[str]:
     """All texts of a figure that was drawn, and its alt text."""
     figure.canvas.draw()
     found = [text for ax in figure.axes for text in (*ax.get_yticklabels(), *ax.texts)]
-    legends = [text for ax in figure.axes if ax.get_legend() for text in ax.get_legend().get_texts()]
+    own = [ax.get_legend() for ax in figure.axes if ax.get_legend()]
+    legends = [text for legend in (*own, *figure.legends) for text in legend.get_texts()]
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     return [text.get_text() for text in found + legends] + [*titles, figure.alt]
 

@@ -231,9 +231,22 @@ def test_bars_carry_their_limit_and_no_number_lies_under_it(folder):
     assert labels == ["mistral-7b, offline packing + PosID", "mistral-7b, MiniBatchPacking + PosID"]
     dashed = [line for line in ax.lines if line.get_linestyle() == "--" and len(line.get_xdata()) == 2]
     assert [list(line.get_xdata()) for line in dashed] == [[2.0, 2.0], [2.0, 2.0]]
-    numbers = {text.get_text().strip(): text.get_position()[0] for text in ax.texts}
-    assert numbers["1.55"] == 2.0, "moved past the limit that it would lie under"
-    assert numbers["2.2"] == 2.2
+    numbers = {text.get_text(): text.xy[0] for text in ax.texts}
+    assert numbers["1.55"] == 2.0, "moved past the limit that it would lie on"
+    assert numbers["2.20"] == 2.2
+
+
+def test_memory_with_adapters_has_no_floor_and_leaves_the_axis_to_the_ratios(folder):
+    base = replace(GPU, rig=Rig(lora_rank=16))
+    write(folder, base, rate=2000, memory=20e9, waste=2.0)
+    write(folder, replace(base, strategy="minibatch_packing"), rate=2500, memory=19e9)
+    table = beside(folder)
+    packed = table[(table["strategy"] == "minibatch_packing") & table["run"].notna()].set_index("model")
+    assert pd.isna(packed.loc["mistral-7b (LoRA rank 16)", "floor"]) and packed.loc["mistral-7b", "floor"] < 1
+    (ax,) = comparison.blog_memory(table).axes
+    assert 1 < ax.get_xlim()[1] < 1.2
+    dashed = [line for line in ax.lines if line.get_linestyle() == "--" and len(line.get_xdata())]
+    assert [line.get_xdata()[0] for line in dashed] == [packed.loc["mistral-7b", "floor"]]
 
 
 def test_every_run_has_its_figures(trained):

@@ -133,6 +133,31 @@ def test_every_example_has_a_look_of_its_own_and_only_broken_ones_are_crossed_ou
     assert f"{len(set(crossed))} broken" in cut.get_title(loc="left")
 
 
+def test_cropped_examples_are_crossed_out_and_counted():
+    few = LENGTHS[:24]
+    (ax,) = planning.row_pictures(few, ["best_fit_crop"], seed=0, **SIZES).axes[:1]
+    plan = plans.best_fit_crop(few, 512, seed=0)
+    cropped = plan.stop - plan.start < few[plan.example]
+    assert [bar.get_hatch() == "xxx" for bar in ax.patches] == cropped.tolist() and cropped.any()
+    assert plan.report(few).broken_examples == cropped.sum()
+    assert ax.get_title(loc="left").endswith(f", {cropped.sum()} broken")
+
+
+def test_counts_are_plain_numbers_and_legends_hide_no_rank():
+    plan = best_fit_decreasing(LENGTHS, 512, overflow="error")
+    figure = planning.drift({"sorted": planning.long_to_short(plan), "shuffled": plan})
+    figure.canvas.draw()
+    assert {"5", "10", "20"} <= {label.get_text() for label in figure.axes[0].get_yticklabels()}
+    figure = planning.rank_waiting({"as planned": plan, "balanced": plan.balance(4)}, 4)
+    figure.canvas.draw()
+    for ax in figure.axes:
+        assert not ax.get_legend().get_window_extent().overlaps(ax.get_window_extent())
+        assert [text.get_text() for text in ax.get_legend().get_texts()] == ["every rank", "slowest rank"]
+    figure = planning.fill_by_buffer_lines(planning.fill_by_buffer(LENGTHS, 512, [20, 200, 1000]))
+    figure.canvas.draw()
+    assert {"100", "1,000"} <= {label.get_text() for label in figure.axes[0].get_xticklabels()}
+
+
 def test_figures_draw_and_say_what_they_show():
     plan = best_fit_decreasing(LENGTHS, 512, overflow="error")
     for figure in (

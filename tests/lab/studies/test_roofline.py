@@ -38,6 +38,23 @@ def test_the_figure_names_where_the_roof_bends(published):
     assert {text.get_text() for text in ax.texts} == set(table["corpus"])
     boxes = [text.get_window_extent() for text in ax.texts]
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    for x, low, high in zip(table["intensity"], table["useful_flops"] / 1e12, table["slot_flops"] / 1e12):
+        (at, bottom), (_, top) = ax.transData.transform([(x, low), (x, high)])
+        assert not any(box.x0 < at < box.x1 and box.y0 < top and bottom < box.y1 for box in boxes), "on a stem"
+
+
+def test_plain_comes_before_climbed_and_trl_lies_on_top(published):
+    table = roofline.points(published)
+    (ax,) = roofline.roofline(table.sample(frac=1, random_state=0)).axes
+    labels = [text.get_text() for text in ax.get_legend().get_texts()[1:]]
+    assert labels == sorted(labels, key=lambda name: name.endswith("climbed")) and labels[0] == "Padding, plain"
+    lines = {line.get_label(): line for line in ax.lines}
+    ours, theirs = lines["Multipack + PosID, plain"], lines["TRL packing (bfd), plain"]
+    assert theirs.get_markersize() > ours.get_markersize() and theirs.get_zorder() > ours.get_zorder()
+
+
+def test_the_finding_has_a_share_of_every_run(published):
+    table = roofline.points(published)
     said = roofline.finding(table)
     assert said.count("%") == len(table) and said.startswith(
         f"{(table['roof'] == table['matmul']).sum()} of {len(table)}"

@@ -111,6 +111,11 @@ def test_token_strips_write_every_value_and_border():
     assert figure.axes[0].get_xticks().tolist() == [0, 4, 12, 17, 28]
     assert "[0, 4, 12, 17, 28]" in figure.alt
     assert figure.alt.endswith("position_ids are 0 at [0, 4, 12, 17], labels are -100 at [0, 4, 12, 17]")
+    figure.canvas.draw()
+    (ax,) = figure.axes
+    (rules,) = ax.collections
+    lowest = min(ax.transData.transform(path.vertices)[:, 1].min() for path in rules.get_paths())
+    assert all(label.get_window_extent().y1 < lowest for label in ax.get_xticklabels()), "below the rules"
 
 
 def test_attention_pictures_leave_white_what_is_not_attended():

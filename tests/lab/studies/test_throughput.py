@@ -210,6 +210,7 @@ def test_memory_bars_are_in_gigabytes():
     figure = throughput.memory_bars(throughput.main_arms(tables.against(frame), "tiny-llama"), "tiny-llama")
     figure.canvas.draw()
     (ax,) = figure.axes
+    assert all(text.get_window_extent().x1 < ax.get_window_extent().x1 for text in ax.texts)
     assert [bar.get_width() for bar in ax.patches] == [10.0, 8.0]
     assert [text.get_text().strip() for text in ax.texts] == ["10.00", "8.00"] and "memory (GB)" in ax.get_xlabel()
 
