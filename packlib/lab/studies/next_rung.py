@@ -8,6 +8,7 @@ on another corpus where there are some, and where there are none it says so.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -76,10 +77,17 @@ def next_rung(
     """
     kept = np.minimum(np.asarray(lengths), max_tokens)
     ways = _ways(runs)
-    longest = {way.climb: way for way in sorted(ways, key=lambda way: len(way.climbed))}
+    tokens = batch_size * gradient_accumulation * float(kept.mean())
+
+    def suits(way: _Way) -> tuple[int, float]:
+        """Most rungs first, then the step that is nearest in size to the reader's."""
+        step = next(iter(way.climbed.values()))["metrics"]["tokens_per_step"]
+        return len(way.climbed), -abs(math.log(step / tokens))
+
+    chosen = {way.climb: way for way in sorted(ways, key=suits)}
     rungs = []
-    for climb in sorted(longest, key=list(ladder.CLIMBS).index):
-        way = longest[climb]
+    for climb in sorted(chosen, key=list(ladder.CLIMBS).index):
+        way = chosen[climb]
         base = replace(
             way.base, batch_size=batch_size, max_tokens=max_tokens, gradient_accumulation=gradient_accumulation
         )
@@ -90,7 +98,7 @@ def next_rung(
         rungs += [Foreseen(climb, *each) for each in zip(climbed, rates, gains)]
     if all(rung.gain is None for rung in rungs):
         raise ValueError("no climb has two finished rungs among these records; run notebook 08 first, or name its run")
-    devices = {run["environment"]["device"] for way in longest.values() for run in way.climbed.values()}
+    devices = {run["environment"]["device"] for way in chosen.values() for run in way.climbed.values()}
     return RigAdvice(" and ".join(sorted(devices)), rungs, _error_on_other_data(ways), _recommend(rungs, here))
 
 

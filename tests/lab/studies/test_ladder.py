@@ -278,12 +278,13 @@ def test_predictions_are_said_before_anything_is_measured():
 # The rung that gains most
 
 
-def recorded(folder, rates, corpus="corpus.npz"):
+def recorded(folder, rates, corpus="corpus.npz", tokens=100):
     base = replace(BASE, corpus=corpus)
     for arm in ladder.arms(base, MINI_BATCHES):
         if arm.rung.name in rates:
-            step = 100 / rates[arm.rung.name]  # of 100 tokens
-            made_records.write(folder, arm.spec, **made(rates[arm.rung.name], step=step, host=step, device=0.01))
+            rate = rates[arm.rung.name]
+            times = {"step": tokens / rate, "host": tokens / rate, "device": 0.01}
+            made_records.write(folder, arm.spec, **made(rate, tokens=tokens, **times))
     return records.read_records(folder)
 
 
@@ -301,6 +302,16 @@ def test_the_rung_that_gains_most_is_named(tmp_path):
     assert advice.error is None and "unknown: no rung has records on two corpora" in str(advice)
     with pytest.raises(ValueError, match="unknown rung with a record 'CUDA graph'"):
         next_rung.next_rung([25] * 40, runs, here="CUDA graph")
+
+
+def test_it_is_foreseen_from_the_climb_whose_steps_are_as_large(tmp_path):
+    """Graphs help steps of 100 tokens, checkpointing those of 10,000: a reader's steps are told from the like of them."""
+    folder = records.run_folder(tmp_path)
+    recorded(folder, {"flattened": 1000.0, "CUDA graphs": 3000.0}, "short.npz", tokens=100)
+    runs = recorded(folder, {"flattened": 1000.0, "CUDA graphs": 1100.0}, "long.npz", tokens=10_000)
+    for length, gain in ((10, 3.0), (1200, 1.1)):
+        advice = next_rung.next_rung([length] * 40, runs, batch_size=4, gradient_accumulation=2, max_tokens=2048)
+        assert advice.rungs[-1].gain == pytest.approx(gain, rel=0.02)
 
 
 def test_a_step_on_other_data_is_what_its_host_and_device_need(tmp_path):
