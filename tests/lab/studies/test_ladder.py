@@ -305,7 +305,7 @@ def test_the_rung_that_gains_most_is_named(tmp_path):
 
 
 def test_it_is_foreseen_from_the_climb_whose_steps_are_as_large(tmp_path):
-    """Graphs help steps of 100 tokens, checkpointing those of 10,000: a reader's steps are told from the like of them."""
+    """Graphs help steps of 100 tokens and hardly those of 10,000; a reader gets what steps like the own ones gain."""
     folder = records.run_folder(tmp_path)
     recorded(folder, {"flattened": 1000.0, "CUDA graphs": 3000.0}, "short.npz", tokens=100)
     runs = recorded(folder, {"flattened": 1000.0, "CUDA graphs": 1100.0}, "long.npz", tokens=10_000)
