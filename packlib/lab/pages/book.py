@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from bs4 import BeautifulSoup, Tag
@@ -79,12 +80,12 @@ article[role=main] table thead th { vertical-align: bottom; }
 article[role=main] table :is(th, td)[data-number] { text-align: right; }
 article[role=main] table :is(th, td) > p { margin: 0; }
 [data-short] { white-space: nowrap; }
+tbody :is(th, td):not([data-short]) { min-width: 12em; }  /* rows else grow as high as a page */
 .output table, table:has(th:nth-child(7)) { font-size: var(--font-size--small); }
 @media (min-width: 48em) { .output pre { white-space: pre-wrap; } }
 @media (max-width: 48em) {
     h1 > .headerlink { display: none; }  /* it would wrap to a line of its own */
     .output img, p > img:only-child { max-width: 44rem; }
-    tbody :is(th, td):not([data-short]) { min-width: 12em; }  /* rows else grow as high as a page */
 }
 @media print { .output, pre { overflow: visible; white-space: pre-wrap; } .output table { font-size: 7pt; } }
 """
@@ -153,7 +154,7 @@ def _executed(folders: list[Path]) -> dict[str, Path]:
     for name, source in sources.items():
         there = [folder / source.name for folder in folders if (folder / source.name).exists()]
         shown[name] = there[0] if there else filled / source.name
-        if not there and (not shown[name].exists() or _code(shown[name]) != _code(source)):
+        if not there and not _shows(shown[name], source, PUBLISHED.get(name, {})):
             missing.append(name)
 
     def execute(name: str) -> None:
@@ -163,6 +164,14 @@ def _executed(folders: list[Path]) -> dict[str, Path]:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(execute, missing))  # a list, so that what fails is raised
     return shown
+
+
+def _shows(executed: Path, source: Path, parameters: Mapping[str, Any]) -> bool:
+    """Whether a notebook was executed as its cells are now, with these parameters among its own."""
+    if not executed.exists() or _code(executed) != _code(source):
+        return False
+    given = nbformat.read(executed, 4).metadata.get("papermill", {}).get("parameters", {})
+    return {name: given.get(name) for name in parameters} == parameters
 
 
 def _write_pages(folder: Path, runs: list[Path], shown: Mapping[str, Path]) -> None:

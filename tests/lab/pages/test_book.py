@@ -73,3 +73,17 @@ def test_a_run_s_own_notebook_is_a_page_that_only_its_report_links_to(tmp_path):
     assert "[06](06.ipynb)" in (made / "report.md").read_text(encoding="utf-8")
     assert pages["06.ipynb"].cells[1].outputs[0].data == table
     assert pages["06.ipynb"].cells[0].source == "# Title\n\n*Shown as run `cpu` left it.*\n"
+
+
+def test_a_page_is_executed_again_where_its_cells_or_parameters_are_others(tmp_path):
+    def written(name, source, **parameters):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        notebook.metadata["papermill"] = {"parameters": parameters}
+        nbformat.write(notebook, tmp_path / name)
+        return tmp_path / name
+
+    source, executed = written("04.ipynb", "show(matrix)"), written("run.ipynb", "show(matrix)", matrix="run")
+    assert book._shows(executed, source, {}) and book._shows(executed, source, {"matrix": "run"})
+    assert not book._shows(executed, source, {"matrix": "published"})
+    assert not book._shows(written("old.ipynb", "show()", matrix="run"), source, {})
+    assert not book._shows(tmp_path / "none.ipynb", source, {})
