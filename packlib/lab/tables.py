@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from packlib.lab.runs.spec import Rig
+from packlib.lab.runs.spec import Rig, in_words
 from packlib.lab.strategies import STRATEGIES
 
 MEASURED = (
@@ -120,21 +120,7 @@ def named_models(models: Iterable[str], rigs: Iterable[str]) -> list[str]:
 def _in_words(part: str) -> str:
     """A part of `rig_label` as readers know it."""
     name, _, value = part.partition("=")
-    if name == "recompute":
-        return "checkpointing" if value == "all" else f"{value} of activations kept"
-    words = {
-        "ranks": f"{value} ranks",
-        "compile": f"compiled {value}",
-        "graphs": "CUDA graphs",
-        "fused_loss": "fused loss",
-        "liger": "Liger's layers",
-        "lean": "lean optimiser",
-        "pad_to": f"multiples of {value}",
-        "lora_rank": f"LoRA rank {value}",
-        "shard": "FSDP2",
-        "native_mixers": "mixers that take boundaries",
-    }
-    return words.get(name, part)
+    return f"{value} ranks" if name == "ranks" else in_words(name, value)
 
 
 def alone(frame: pd.DataFrame) -> pd.DataFrame:

@@ -60,9 +60,12 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
     a time: for losses, as their times do not count then. After `$PACKLIB_UNTIL`, or when the longest arm so far would
     not end before it, no further arm is started and `OutOfTime` is raised: the next call goes on. A `failed` record is
     kept under `superseded/` and its run tried again. Raises `FileNotFoundError` for a corpus that is not here, before
-    any arm starts, and `SweepFailed` where several arms all failed, each reason once.
+    any arm starts, `ValueError` for several ranks where several runs share the device, and `SweepFailed` where several
+    arms all failed, each reason once.
     """
     specs = list(specs)
+    if records.concurrent_runs() > 1 and any(spec.world_size > 1 for spec in specs):
+        raise ValueError(f"{records.CONCURRENT} = {records.concurrent_runs()}; runs of several ranks have all devices")
     contents = {(spec.corpus, spec.tokenizer): content_sha256(spec.corpus, spec.tokenizer) for spec in specs}
     found: dict[int, dict[str, Any]] = {}
     # 1. What has a record, and what is left to run.

@@ -99,21 +99,32 @@ class Rig:
         >>> Rig(compile="layers", recompute=0.2).label
         'compiled layers, 0.2 of activations kept'
         """
-        said = {
-            "compiled layers": self.compile == "layers",
-            "checkpointing": self.recompute == "all",
-            f"{self.recompute} of activations kept": self.budget is not None,
-            "CUDA graphs": self.graphs,
-            "fused loss": self.fused_loss,
-            "Liger's layers": self.liger,
-            "lean optimiser": self.lean,
-            f"rows of multiples of {self.pad_to}": self.pad_to > 1 and not self.graphs,
-            "float8": self.float8,
-            f"LoRA rank {self.lora_rank}": self.lora_rank is not None,
-            "FSDP2": self.shard,
-            "mixers that take boundaries": self.native_mixers,
-        }
-        return ", ".join(name for name, true in said.items() if true)
+        changed = _differences(self, Rig())
+        if self.graphs or self.pad_to == 1:  # graphs cannot do without, and multiples of 1 are none
+            changed.pop("pad_to", None)
+        return ", ".join(in_words(name, value) for name, value in changed.items())
+
+
+def in_words(field: str, value: object) -> str:
+    """A field of `Rig` that is not as by default, as readers know it.
+
+    >>> in_words("recompute", "all"), in_words("pad_to", 64), in_words("lean", True)
+    ('checkpointing', 'rows of multiples of 64', 'lean optimiser')
+    """
+    if field == "recompute":
+        return "checkpointing" if value == "all" else f"{value} of activations kept"
+    words = {
+        "compile": "compiled {}",
+        "graphs": "CUDA graphs",
+        "fused_loss": "fused loss",
+        "liger": "Liger's layers",
+        "lean": "lean optimiser",
+        "pad_to": "rows of multiples of {}",
+        "lora_rank": "LoRA rank {}",
+        "shard": "FSDP2",
+        "native_mixers": "mixers that take boundaries",
+    }
+    return words.get(field, field).format(value)
 
 
 @dataclass(frozen=True)

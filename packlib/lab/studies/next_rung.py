@@ -122,7 +122,9 @@ def _ways(runs: Sequence[Record]) -> list[_Way]:
         for keep in sorted(keeps, key=str):
             for climb in ladder.CLIMBS:
                 own = [arm for arm in ladder.arms(base, climb, keep=keep) if not arm.rung.beside]
-                climbed = {arm.rung.name: known[i][1] for arm in own if (i := arm.spec.spec_id) in known}
+                there = [known[i][1] if (i := arm.spec.spec_id) in known else None for arm in own]
+                status = ladder.climb_table(own, there)["status"] if own else ()  # wrong gradients advise nobody
+                climbed = {arm.rung.name: run for arm, run, s in zip(own, there, status) if run and s == "ok"}
                 if climbed:
                     ways.append(_Way(climb, base, keep, climbed))
     return ways

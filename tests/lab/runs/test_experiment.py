@@ -314,6 +314,8 @@ def test_several_runs_share_a_device_where_asked(tmp_path, monkeypatch):
     found = experiment.run(specs, records.run_folder(tmp_path))
     assert [record["spec"]["seed"] for record in found] == list(range(6)) and len(run_one.ran) == 6
     assert {record["environment"]["concurrent_runs"] for record in found} == {3}
+    with pytest.raises(ValueError, match="PACKLIB_CONCURRENT_RUNS = 3; runs of several ranks"):
+        experiment.run([replace(BASE, world_size=2)], tmp_path)
     monkeypatch.setenv(records.CONCURRENT, "all")
     with pytest.raises(ValueError, match="PACKLIB_CONCURRENT_RUNS = 'all'; expected a number of at least 1"):
         experiment.run(specs, tmp_path)

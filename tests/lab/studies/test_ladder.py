@@ -314,6 +314,18 @@ def test_it_is_foreseen_from_the_climb_whose_steps_are_as_large(tmp_path):
         assert advice.rungs[-1].gain == pytest.approx(gain, rel=0.02)
 
 
+@pytest.mark.parametrize(("norm", "top"), [(4.0, "fused loss"), (1e16, "flattened")])
+def test_a_rung_with_wrong_gradients_is_not_advised(tmp_path, norm, top):
+    folder = records.run_folder(tmp_path)
+    for arm, rate in zip(ladder.arms(BASE, MINI_BATCHES, ["padded, SDPA", "flattened", "fused loss"]), (1e3, 2e3, 9e3)):
+        parts = made(rate)
+        if arm.rung.name == "fused loss":
+            parts["trace"]["grad_norm"] = [norm, norm]
+        made_records.write(folder, arm.spec, **parts)
+    advice = next_rung.next_rung([25] * 40, records.read_records(folder), max_tokens=64, gradient_accumulation=2)
+    assert advice.rungs[-1].rung == top
+
+
 def test_a_step_on_other_data_is_what_its_host_and_device_need(tmp_path):
     """100 tokens in a step of 0.1 s. Longer examples are free where the host decides, and not where the device does."""
     arm = ladder.arms(BASE, MINI_BATCHES, ["flattened"])[0]
