@@ -15,13 +15,14 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
     In a script, call it under `if __name__ == "__main__":`, as everything that starts processes.
 
     progress: called with a line when an arm starts and ends, and every few seconds in between. Runs in the given order,
-    each in its own process (under torchrun where `world_size` > 1), one after another, or `$PACKLIB_CONCURRENT_RUNS` at
+    each in its own processes (one a rank), one after another, or `$PACKLIB_CONCURRENT_RUNS` at
     a time: for losses, as their times do not count then. After `$PACKLIB_UNTIL`, or when the longest arm so far would
     not end before it, no further arm is started and `OutOfTime` is raised: the next call goes on. A `failed` record is
     kept under `superseded/` and its run tried again. Raises `FileNotFoundError` for a corpus that is not here, before
@@ -139,12 +140,11 @@ def _titled(progress: Progress, title: str) -> Progress:
 
 
 def _run_one(spec: RunSpec, run_id: str, folder: Path, progress: Progress, stop: threading.Event) -> dict[str, Any]:
-    """One run in a process of its own; a record exists afterwards, whatever happened to the process.
+    """One run in processes of its own, one a rank; a record exists afterwards, whatever happened to them.
 
-    stop: once it is set, the process is ended and `KeyboardInterrupt` raised.
+    stop: once it is set, they are ended and `KeyboardInterrupt` raised.
     """
-    ranks = spec.world_size > 1
-    code = _launch(spec, run_id, folder, progress) if ranks else _fork(spec, run_id, folder, progress, stop)
+    code = _fork(spec, run_id, folder, progress, stop)
     if code in (-signal.SIGINT, 130):
         raise KeyboardInterrupt
     record = records.read_record(folder, run_id)
@@ -166,51 +166,63 @@ def _died(code: int) -> tuple[str, str]:
 
 
 def _fork(spec: RunSpec, run_id: str, folder: Path, progress: Progress, stop: threading.Event) -> int:
+    """The worker in a process of its own for every rank (DataParallel cannot split a [1, T] batch).
+
+    Returns 0, or the exit code of the rank that ended first with another; the others are ended then, as they would wait
+    for it.
+    """
     receiver, sender = forked.context.Pipe(duplex=False)
-    process = forked.start(_child, spec, run_id, folder, sender, preload="packlib.lab.runs.preload", daemon=True)
+    ranks = [
+        forked.start(
+            *(_child, spec, run_id, folder, sender),
+            preload="packlib.lab.runs.preload",
+            environment=environment,
+            daemon=True,
+        )
+        for environment in _ranks(spec.world_size)
+    ]
     sender.close()
+    open_ended = True
     try:
-        while True:
+        while open_ended and not any(rank.exitcode for rank in ranks):
             if stop.is_set():
                 raise KeyboardInterrupt
-            try:
-                if receiver.poll(0.5):
-                    progress(receiver.recv())
-            except EOFError:
-                break
-        process.join()
-    except BaseException:
-        process.terminate()
-        process.join()
-        raise
-    assert process.exitcode is not None  # it was joined
-    return process.exitcode
+            open_ended = _pass_on(receiver, progress, wait=0.5)
+        while open_ended and receiver.poll():
+            open_ended = _pass_on(receiver, progress)
+        if not open_ended:  # every rank has ended, or is about to
+            for rank in ranks:
+                rank.join()
+        return next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+    finally:
+        for rank in ranks:
+            rank.terminate()
+            rank.join()
+
+
+def _pass_on(receiver: Connection, progress: Progress, wait: float = 0.0) -> bool:
+    """Hands over a line, if there is one within `wait` seconds; whether there can be another."""
+    try:
+        if receiver.poll(wait):
+            progress(receiver.recv())
+    except EOFError:
+        return False
+    return True
+
+
+def _ranks(world_size: int) -> list[dict[str, str]]:
+    """The environment of each rank: this process's, and above one rank what torchrun would add to it."""
+    if world_size == 1:
+        return [dict(os.environ)]
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]  # free once this is closed
+    shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    shared |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world_size))
+    return [os.environ | shared | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)) for rank in range(world_size)]
 
 
 def _child(spec: RunSpec, run_id: str, folder: Path, sender: Any) -> None:
     from packlib.lab.runs import worker
 
-    worker.execute(spec, run_id, folder, sender.send)
-
-
-def _launch(spec: RunSpec, run_id: str, folder: Path, progress: Progress) -> int:
-    """The same worker, `world_size` times, under torchrun: DataParallel cannot split a [1, T] batch."""
-    ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={spec.world_size}"]
-    spec_file = records.write_json(folder / "specs" / f"{run_id}.json", asdict(spec), overwrite=True)
-    command = [sys.executable, *ranks, "-m", "packlib.lab.runs.worker", str(spec_file), str(folder)]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,  # the ranks watch it: it ends with this process, however that ends
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-    ) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                progress(line.rstrip())
-        except BaseException:
-            process.terminate()  # torchrun ends its ranks; they would train on where only this process is interrupted
-            process.wait()
-            raise
-    return process.returncode
+    if not worker.execute(spec, run_id, folder, sender.send):
+        sys.exit(1)

@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -232,6 +233,8 @@ class LabTrainer(SFTTrainer):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
+        if self._replicas:  # DDP would keep a second copy of all gradients, and hook into what is captured
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         if self.rig.lean and self.optimizer is None:
@@ -257,6 +260,11 @@ class LabTrainer(SFTTrainer):
         if self._graphs_add:
             self.model.zero_grad = self._zero_in_place
         return self.graphs.capture(self._prepare_inputs(batch) for batch in batches)
+
+    @property
+    def _replicas(self) -> bool:
+        """Whether ranks hold everything and add gradients up once a step, where they lie, without DDP."""
+        return self.args.world_size > 1 and (self.rig.graphs or self.rig.lean)
 
     @property
     def _graphs_add(self) -> bool:
@@ -317,6 +325,8 @@ class LabTrainer(SFTTrainer):
         return self.accelerator.gather(examples).sum()
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        if self._replicas:
+            average_over_ranks([p.grad for p in self.model.parameters() if p.grad is not None])
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         norm = (
             optimizer.fold_clip(MAX_GRAD_NORM) if isinstance(optimizer, LeanAdamW) else super()._clip_grad_norm(model)
@@ -324,6 +334,16 @@ class LabTrainer(SFTTrainer):
         self.grad_norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).detach())
         self.step_ends.append(len(self.losses))
         return norm
+
+
+def average_over_ranks(gradients: list[Tensor]) -> None:
+    """Each of them becomes its mean over all ranks, in place; the same list on every rank. Waits on the device only."""
+    mean = gradients[0].is_cuda  # NCCL has it, gloo has not
+    if not mean:
+        torch._foreach_div_(gradients, dist.get_world_size())
+    operation = dist.ReduceOp.AVG if mean else dist.ReduceOp.SUM
+    for work in [dist.all_reduce(gradient, operation, async_op=True) for gradient in gradients]:
+        work.wait()
 
 
 class GraphedMicroBatches:
@@ -366,7 +386,8 @@ class GraphedMicroBatches:
                 self._forget_gradients()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Other threads may go on as they like: NCCL's asks whether collectives have ended.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             loss = self.step(kept, denominator)
         gradients = [] if self.add else [_borrowed(parameter.grad) for parameter in self.parameters]
         self._forget_gradients()

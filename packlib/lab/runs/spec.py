@@ -43,7 +43,8 @@ class Rig:
     native_mixers: what is not attention takes the boundaries of flat rows itself where it can (convolutions; linear
         attention with package flash-linear-attention); else it runs on one line a segment, as `isolate_mixers` says.
     shard: weights, gradients and optimiser states over all ranks, layer by layer (FSDP2); without it, every rank holds
-        them whole (DDP).
+        them whole, and gradients are averaged over ranks by DDP, or at the end of a step where graphs or lean leave
+        them in their place.
     """
 
     compile: str = "none"
@@ -272,11 +273,6 @@ def _check_numbers(spec: RunSpec) -> None:
         raise ValueError("rig.shard = True with world_size = 1; expected at least two ranks to shard over")
     if spec.split_rows and spec.examples_per_step is None:
         raise ValueError("split_rows = True with examples_per_step = None; expected the number of examples a step")
-    if spec.rig.graphs and spec.world_size > 1:
-        raise ValueError(
-            f"rig.graphs = True with world_size = {spec.world_size}: what is captured adds no gradients over ranks; "
-            "expected one rank"
-        )
     if spec.profile and spec.steps is None:
         raise ValueError("profile = True adds a step to those of `steps`; expected steps, not None")
     if spec.eval_every is not None and not spec.eval_examples:

@@ -7,9 +7,7 @@ and collating included, evaluation excluded.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import tempfile
 import traceback
 import warnings
@@ -45,20 +43,22 @@ from packlib.lab.runs.clock import (
     matmul_ceiling,
     of_all_ranks,
 )
-from packlib.lab.runs.forked import end_when
 from packlib.lab.runs.limits import Rates, StepWork, step_limit
 from packlib.lab.runs.spec import RunSpec
 from packlib.lab.strategies import Strategy, get_strategy, plan_for
 
 
-def execute(spec: RunSpec, run_id: str, folder: Path, progress: Callable[[str], None]) -> None:
-    """Run `spec` and write its record as `run_id`, also when it fails or does not fit. Rank 0 writes."""
+def execute(spec: RunSpec, run_id: str, folder: Path, progress: Callable[[str], None]) -> bool:
+    """Run `spec` and write its record as `run_id`, also when it fails or does not fit; returns whether it did neither.
+
+    Rank 0 writes the record of a run that did, and of others the rank that is first to fail.
+    """
     warnings.filterwarnings("ignore", module="trl|transformers|torch|accelerate")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
     first = int(os.environ.get("RANK", 0)) == 0
-    torch.set_num_threads(max(1, torch.get_num_threads() // records.concurrent_runs()))
+    torch.set_num_threads(max(1, torch.get_num_threads() // (records.concurrent_runs() * spec.world_size)))
     try:
         head = {"run_id": run_id, "status": "ok", "error": None, "spec": asdict(spec)}
         record = head | measure(spec, progress if first else _silent)
@@ -66,15 +66,20 @@ def execute(spec: RunSpec, run_id: str, folder: Path, progress: Callable[[str], 
         full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
         reason = f"{type(error).__name__}: {str(error)[:500]}"
         record = records.unfinished(run_id, asdict(spec), "oom" if full else "failed", reason)
-        if first and not full:
+        if not full:
             progress("".join(traceback.format_exception(error)[-6:]))
-    if not first:
-        return
+    else:
+        if not first:
+            return True
     try:
         records.write_record(folder, record)
     except ValueError as error:  # a record holds no NaN
         reason = f"a loss, gradient or evaluation is not finite at learning_rate = {spec.learning_rate:g} ({error})"
-        records.write_record(folder, records.unfinished(run_id, asdict(spec), "failed", reason))
+        record = records.unfinished(run_id, asdict(spec), "failed", reason)
+        records.write_record(folder, record)
+    except FileExistsError:  # another rank has failed before
+        pass
+    return record["status"] == "ok"
 
 
 def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -172,7 +177,9 @@ def _limits(spec: RunSpec, model: PreTrainedModel, rates: Rates, metrics: Mappin
 
 def _device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)  # what is synchronised and counted where no device is named
+        return device
     return torch.device("cpu")
 
 
@@ -422,9 +429,3 @@ def placeholder_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
 def _silent(line: str) -> None:
     pass
 
-
-if __name__ == "__main__":
-    end_when(lambda: os.read(0, 1))  # whoever starts a rank holds its standard input open
-    spec_file, run_folder = map(Path, sys.argv[1:])
-    given = json.loads(spec_file.read_text(encoding="utf-8"))
-    execute(RunSpec(**given), spec_file.stem, run_folder, lambda line: print(line, flush=True))

@@ -78,6 +78,8 @@ def train(out, chosen, *, ranks=1, resume=False, die_after=None):
         rig=chosen,
         processing_class=tokenizer(),
     )
+    if chosen.graphs:  # which a CPU has not; what they replay, step by step
+        trainer.graphs = lambda batch, denominator: trainer._forward_backward(batch, torch.as_tensor(denominator))
     if die_after:
         trainer.add_callback(DieAfter(die_after))
     trainer.train(resume_from_checkpoint=resume)

@@ -59,7 +59,11 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rig", [{}, {"shard": True, "fused_loss": True}], ids=["DDP", "fused loss"])
+@pytest.mark.parametrize(
+    "rig",
+    [{}, {"shard": True, "fused_loss": True}, {"graphs": True, "fused_loss": True, "pad_to": 1}],
+    ids=["DDP", "fused loss", "graphs"],
+)
 def test_other_rigs_on_two_ranks(tmp_path, alone, rig):
     (first, second), ended = on_two_ranks(tmp_path, rig)
     assert ended.returncode == 0, ended.stderr

@@ -95,7 +95,6 @@ def test_bad_values_are_refused_with_the_known_ones(name, value, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rig": Rig(**REPEATED, graphs=True), "world_size": 2}, "what is captured adds no gradients over ranks"),
         ({"steps": 3, "warmup_steps": 3}, "warmup_steps = 3 leaves nothing of steps = 3 to measure; expected fewer"),
         ({"eval_every": 5, "eval_examples": 0}, "eval_every = 5 with eval_examples = 0; expected a held-out set"),
         (
