@@ -15,6 +15,7 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -273,9 +274,9 @@ def _mixer_slots(spec: RunSpec, strategy: Strategy, dataset: Dataset, mixers: Ma
 def collation(
     spec: RunSpec, strategy: Strategy, corpus: Corpus, dataset: Dataset
 ) -> tuple[FlatteningCollator | PaddingCollator | None, list[dict[str, Any]]]:
-    """The collator of a spec (None for a peer: TRL's own), and a micro-batch of each shape that it will make.
+    """The collator of a spec (None for a peer: TRL's own), and a micro-batch of each shape that it will make here.
 
-    Shapes are looked for where the rig makes them repeat: one pass over the rows, on the host.
+    Shapes are looked for where the rig makes them repeat: one pass over the rows of this rank, on the host.
     """
     if strategy.trl is not None:
         return None, []
@@ -288,7 +289,8 @@ def collation(
         options["with_mask"] = False
     collator = strategy.collator(corpus.pad_token_id, **options)
     shapes: dict[tuple, dict[str, Any]] = {}
-    for features in _micro_batches(spec, strategy, dataset) if spec.rig.pad_to else ():
+    batches = _micro_batches(spec, strategy, dataset) if spec.rig.pad_to else iter(())
+    for features in islice(batches, int(os.environ.get("RANK", 0)), None, spec.world_size):  # ranks take turns
         batch: dict[str, Any] = dict(collator(features))
         shapes[rig.shape_of(batch)] = batch
     return collator, list(shapes.values())
