@@ -4,7 +4,11 @@ Without torchao: where it is installed, PEFT imports it, and it asks the GPU wha
 initialises CUDA, which processes forked from the server cannot do again. A run that needs it imports it by itself.
 """
 
+import os
+
 from packlib.lab.hidden import hidden
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 with hidden("torchao"):
     import packlib.lab.runs.worker  # noqa: F401
