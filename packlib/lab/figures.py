@@ -162,17 +162,19 @@ def panels_width(panels: int) -> float:
 def bars_with_limits(table: pd.DataFrame, title: str, *, width: float | None = None, row: float = 0.5) -> Picture:
     """Speed-up over padding per strategy, one panel per corpus, the limit drawn on every bar.
 
-    table: `corpus, strategy, speed_up, speed_up_low, speed_up_high, limit`: ratios of real tokens/s; limit may be NaN.
+    table: `corpus, strategy, speed_up, speed_up_low, speed_up_high, limit`: ratios of real tokens/s; limit may be NaN;
+        and `label`, of a bar, where it is not the strategy's.
     width: inches of the figure, `panels_width` if None; row: inches of height for each bar.
     """
-    groups, names = list(dict.fromkeys(table["corpus"])), list(dict.fromkeys(table["strategy"]))
-    size = width or panels_width(len(groups)), row * len(names) + 1.9
+    named = table if "label" in table else table.assign(label=table["strategy"].map(label))
+    groups, arms = list(dict.fromkeys(named["corpus"])), list(dict.fromkeys(zip(named["strategy"], named["label"])))
+    size = width or panels_width(len(groups)), row * len(arms) + 1.9
     room = 0.72 * len(groups) / (size[0] - 2.2)  # of a number beside a bar, as a share of its panel
     figure, axes = new(*size, title, len(groups), sharey=True)
     for ax, group in zip(axes, groups):
-        rows = table[table["corpus"] == group].set_index("strategy").reindex(names)
+        rows = named[named["corpus"] == group].set_index(["strategy", "label"]).reindex(arms)
         right = max(np.nanmax(rows[["speed_up_high", "limit"]].to_numpy()) * (1 + room), 1.2)
-        for y, (strategy, arm) in enumerate(rows.iterrows()):
+        for y, ((strategy, _), arm) in enumerate(rows.iterrows()):
             if np.isfinite(arm["speed_up"]):
                 bar(ax, y, arm["speed_up"], strategy, arm["speed_up_low"], arm["speed_up_high"])
                 end = arm["speed_up_high"]
@@ -183,7 +185,7 @@ def bars_with_limits(table: pd.DataFrame, title: str, *, width: float | None = N
                 ax.plot([arm["limit"]] * 2, [y - 0.42, y + 0.42], **LIMIT)
         ax.axvline(1, color="0.4", linewidth=1)
         ax.set(title=str(group), xlabel="real tokens/s, relative to padding")
-        ax.set_yticks(range(len(names)), [label(name) for name in names])
+        ax.set_yticks(range(len(arms)), [name for _, name in arms])
         ax.set_xlim(0, right)
         ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         ax.grid(axis="y", visible=False)

@@ -99,6 +99,16 @@ def rigs(frame: pd.DataFrame) -> pd.Series:
     return pd.Series(labels, index=frame.index, dtype=object)
 
 
+def _batches(frame: pd.DataFrame) -> list[str]:
+    """A part of `rig_label` for runs whose micro-batches are not of the size that most runs here have."""
+    names = ["batch_size", "gradient_accumulation"]
+    if not set(names) <= set(frame) or not len(frame):
+        return [""] * len(frame)
+    sizes = [f"{batch:.0f} × {micro_batches:.0f}" for batch, micro_batches in frame[names].itertuples(index=False)]
+    usual = max(sizes, key=sizes.count)
+    return ["" if size == usual else f"batch={size}" for size in sizes]
+
+
 def _ranks(frame: pd.DataFrame) -> pd.Series:
     return frame.get("world_size", pd.Series(1, index=frame.index)).fillna(1).astype(int)
 
@@ -120,7 +130,8 @@ def named_models(models: Iterable[str], rigs: Iterable[str]) -> list[str]:
 def _in_words(part: str) -> str:
     """A part of `rig_label` as readers know it."""
     name, _, value = part.partition("=")
-    return f"{value} ranks" if name == "ranks" else in_words(name, value)
+    own = {"ranks": f"{value} ranks", "batch": f"batches of {value}"}
+    return own.get(name) or in_words(name, value)
 
 
 def alone(frame: pd.DataFrame) -> pd.DataFrame:
@@ -150,13 +161,14 @@ def _count_arms(runs: pd.DataFrame) -> int:
 
 
 def against(frame: pd.DataFrame, base: str = "padding", by: Sequence[str] = ("model", "corpus")) -> pd.DataFrame:
-    """Speed and memory of every arm relative to `base` on the same model, rig and corpus.
+    """Speed and memory of every arm relative to `base` on the same model, rig, size of batches and corpus.
 
     frame: `records.load_records`. by: columns that compared runs share, besides their rig. Repeats and seeds of an arm
     are pooled: its rate is the median of theirs, low and high their range. Rates are those of one of the ranks.
     waste_ratio: padding's slots per real token over the arm's own. limit: what dropping the pads can give (`limit`).
 
-    Returns a row an arm with `by`, `rig`, `strategy, kernel, status, runs`, MEASURED (tokens and slots per second,
+    Returns a row an arm with `by`, `rig` (`rig_label`, and the size of its batches where it is not the usual one here),
+    `strategy, kernel, status, runs`, MEASURED (tokens and slots per second,
     bytes, seconds, nats) and RELATIVE; what was not measured is NaN. Rows come model by model and corpus by corpus as
     in the frame, strategies in the order of their table.
     """
@@ -164,14 +176,16 @@ def against(frame: pd.DataFrame, base: str = "padding", by: Sequence[str] = ("mo
         return pd.DataFrame()
     order, per_rank = {name: i for i, name in enumerate(STRATEGIES)}, _ranks(frame)
     rates = {name: frame[name] / per_rank for name in RATES if name in frame}
-    frame = frame.assign(rig=rigs(frame), **rates)
+    labels = ["+".join(filter(None, parts)) for parts in zip(rigs(frame), _batches(frame))]
+    frame = frame.assign(rig=labels, **rates)
     frame = frame.sort_values("strategy", key=lambda names: names.map(order), kind="stable")
     rows = []
     keys = [*by, "rig"]
     for _, group in sorted(frame.groupby(keys, sort=False), key=lambda item: item[1].index.min()):
         reference = group[(group["strategy"] == base) & (group["status"] == "ok")]
-        if len(reference):  # on the first attention in the frame
-            reference = reference[reference["kernel"] == reference["kernel"].iloc[0]]
+        if len(reference):  # on packlib's attention, else on the first in the frame
+            kernels = list(reference["kernel"])
+            reference = reference[reference["kernel"] == ("auto" if "auto" in kernels else kernels[0])]
         for (strategy, kernel), arm in group.groupby(["strategy", "kernel"], sort=False):
             ok = arm[arm["status"] == "ok"]
             row = {key: arm[key].iloc[0] for key in keys} | {"strategy": strategy, "kernel": kernel}

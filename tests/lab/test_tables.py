@@ -124,6 +124,23 @@ def test_each_rig_has_its_own_padding_and_its_name_says_what_is_its_own():
     assert len(tables.one_setting(frame)) == len(frame), "each rig is a comparison of its own"
 
 
+def test_each_size_of_batches_has_its_own_padding_and_its_name_says_so():
+    sized = [row(rate=100), row("minibatch_packing", 150)]
+    one = {"batch_size": 1, "gradient_accumulation": 2}
+    other = [row(rate=50, **one), row("minibatch_packing", 51, **one)]
+    usual = [each | {"gradient_accumulation": 2} for each in (*sized, row("multipack_posid", 300))]
+    table = tables.against(pd.DataFrame([*usual, *other]))
+    assert table["runs"].tolist() == [1] * 5, "they are no repeats of each other"
+    assert dict(zip(table["tokens_per_s"], table["speed_up"])) == {100: 1, 150: 1.5, 300: 3, 50: 1, 51: 1.02}
+    shown = tables.display_table(table)
+    assert set(shown.loc[shown["real tokens/s"].isin(["50", "51"]), "model"]) == {"tiny-llama (batches of 1 × 2)"}
+
+
+def test_padding_on_packlibs_attention_is_the_baseline_whatever_was_measured_first():
+    found = arms(row(kernel="maskless_sdpa", rate=50), row(rate=100), row("minibatch_packing", rate=150))
+    assert found.loc[("pydocs", "minibatch_packing", "auto"), "speed_up"] == 1.5
+
+
 def test_a_rig_is_written_as_what_differs_from_the_default():
     assert tables.rig_label({}) == tables.rig_label(asdict(Rig())) == ""
     assert tables.rig_label({"recompute": "all", "liger": math.nan}) == "recompute=all"

@@ -22,8 +22,10 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pandas as pd
@@ -57,12 +59,12 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
     In a script, call it under `if __name__ == "__main__":`, as everything that starts processes.
 
     progress: called with a line when an arm starts and ends, and every few seconds in between. Runs in the given order,
-    each in its own processes (one a rank), one after another, or `$PACKLIB_CONCURRENT_RUNS` at
-    a time: for losses, as their times do not count then. After `$PACKLIB_UNTIL`, or when the longest arm so far would
-    not end before it, no further arm is started and `OutOfTime` is raised: the next call goes on. A `failed` record is
-    kept under `superseded/` and its run tried again. Raises `FileNotFoundError` for a corpus that is not here, before
-    any arm starts, `ValueError` for several ranks where several runs share the device, and `SweepFailed` where several
-    arms all failed, each reason once.
+    each in its own processes (one a rank), one after another, or `$PACKLIB_CONCURRENT_RUNS` at a time, on all GPUs in
+    turn: for losses, as their times do not count then. After `$PACKLIB_UNTIL`, or when the longest arm so far would not
+    end before it, no further arm is started and `OutOfTime` is raised: the next call goes on. A `failed` record is kept
+    under `superseded/` and its run tried again. Raises `FileNotFoundError` for a corpus that is not here, before any
+    arm starts, `ValueError` for several ranks where several runs share the device, and `SweepFailed` where several arms
+    all failed, each reason once.
     """
     specs = list(specs)
     if records.concurrent_runs() > 1 and any(spec.world_size > 1 for spec in specs):
@@ -81,6 +83,10 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
         progress(f"{len(found)} of {len(specs)} arms had a record")
     # 2. Run it, while there is time.
     until, longest, stop = float(os.environ.get(UNTIL, "inf")), 0.0, threading.Event()
+    left = [i for i, spec in enumerate(specs) if i not in found and spec not in specs[:i]]
+    free: SimpleQueue[str] = SimpleQueue()  # the GPU of each run that may be going on
+    for gpu in islice(cycle(_gpus() if left else [""]), records.concurrent_runs()):
+        free.put(gpu)
 
     def one(i: int) -> None:
         nonlocal longest
@@ -92,11 +98,12 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
             assert content is not None  # looked at above
             if failed := records.find_record(folder, spec.spec_id, content):
                 records.supersede(folder, failed)
-            started = time.monotonic()
-            found[i] = _run_one(spec, records.run_id_on(spec.spec_id, content), folder, _titled(progress, title), stop)
+            started, gpu = time.monotonic(), free.get()
+            run_id = records.run_id_on(spec.spec_id, content)
+            found[i] = _run_one(spec, run_id, folder, _titled(progress, title), stop, gpu)
             longest = max(longest, time.monotonic() - started)
+            free.put(gpu)
 
-    left = [i for i, spec in enumerate(specs) if i not in found and spec not in specs[:i]]
     if records.concurrent_runs() == 1:
         for i in left:
             one(i)
@@ -139,12 +146,22 @@ def _titled(progress: Progress, title: str) -> Progress:
     return lambda line: progress(f"{title}: {line}")
 
 
-def _run_one(spec: RunSpec, run_id: str, folder: Path, progress: Progress, stop: threading.Event) -> dict[str, Any]:
+def _gpus() -> list[str]:
+    """The GPUs here, as CUDA_VISIBLE_DEVICES names them; one that is none without any."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())] or [""]
+
+
+def _run_one(
+    spec: RunSpec, run_id: str, folder: Path, progress: Progress, stop: threading.Event, gpu: str
+) -> dict[str, Any]:
     """One run in processes of its own, one a rank; a record exists afterwards, whatever happened to them.
 
-    stop: once it is set, they are ended and `KeyboardInterrupt` raised.
+    stop: once it is set, they are ended and `KeyboardInterrupt` raised. gpu: the one that a single rank has.
     """
-    code = _fork(spec, run_id, folder, progress, stop)
+    code = _fork(spec, run_id, folder, progress, stop, gpu)
     if code in (-signal.SIGINT, 130):
         raise KeyboardInterrupt
     record = records.read_record(folder, run_id)
@@ -165,8 +182,8 @@ def _died(code: int) -> tuple[str, str]:
     return "failed", f"ended with exit code {code} and no record"
 
 
-def _fork(spec: RunSpec, run_id: str, folder: Path, progress: Progress, stop: threading.Event) -> int:
-    """The worker in a process of its own for every rank (DataParallel cannot split a [1, T] batch).
+def _fork(spec: RunSpec, run_id: str, folder: Path, progress: Progress, stop: threading.Event, gpu: str) -> int:
+    """The worker in a process of its own for every rank.
 
     Returns 0, or the exit code of the rank that ended first with another; the others are ended then, as they would wait
     for it.
@@ -179,7 +196,7 @@ def _fork(spec: RunSpec, run_id: str, folder: Path, progress: Progress, stop: th
             environment=environment,
             daemon=True,
         )
-        for environment in _ranks(spec.world_size)
+        for environment in _ranks(spec.world_size, gpu)
     ]
     sender.close()
     open_ended = True
@@ -210,10 +227,13 @@ def _pass_on(receiver: Connection, progress: Progress, wait: float = 0.0) -> boo
     return True
 
 
-def _ranks(world_size: int) -> list[dict[str, str]]:
-    """The environment of each rank: this process's, and above one rank what torchrun would add to it."""
+def _ranks(world_size: int, gpu: str) -> list[dict[str, str]]:
+    """The environment of each rank: this process's, and above one rank what torchrun would add to it.
+
+    A single rank sees `gpu` alone: Trainer takes several for DataParallel, which cannot split a [1, T] batch.
+    """
     if world_size == 1:
-        return [dict(os.environ)]
+        return [os.environ | {"CUDA_VISIBLE_DEVICES": gpu}]
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]  # free once this is closed
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}

@@ -430,4 +430,3 @@ def placeholder_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
 
 def _silent(line: str) -> None:
     pass
-

@@ -168,11 +168,10 @@ def findings(table: pd.DataFrame, checked: Sequence[Mapping[str, Any]] = ()) -> 
     failed = table[table["status"] != "ok"]
     said += [f"{r.model} on {r.corpus}, {r.rig}, {r.arm}: {r.status}." for r in failed.itertuples()]
     for check in checked:
-        repaired = "isolated" if check["isolated"] else f"NOT isolated ({check['verdict']})"
-        said.append(
-            f"{check['model']}, {check['layers']} layers in {check['dtype']} on {check['device']}, {check['arm']}: "
-            f"{repaired}; without it: {check['without']}."
-        )
+        where = f"{check['model']}, {check['layers']} layers in {check['dtype']} on {check['device']}, {check['arm']}"
+        verdict = "isolated" if check["isolated"] else f"NOT isolated ({check['verdict']})"
+        verdict = check["reason"] if check["verdict"] == "refused" else f"{verdict}; without it: {check['without']}"
+        said.append(f"{where}: {verdict}.")
     return said
 
 
@@ -181,21 +180,24 @@ def check(name: str, *, native: bool, dtype: torch.dtype, device: torch.device, 
 
     layers: 0 for those up to the first of attention. `without` is the verdict of the model on transformers' own sdpa,
     which gets position ids alone: its attention is right then. `moved`: how far an edit moves another example's logits.
+    Where a package refuses this device, the verdict is `refused`, with its reason.
     """
     depth = layers or HYBRIDS[name]
     model = models.build_model(name, attn_implementation="sdpa", dtype=dtype, device=device, layers=depth)
     draw_of_order_one(model)  # else what leaks is lost in the noise of logits that hardly depend on the tokens
-    without = check_isolation(model, batch_builder=SITUATIONS["position ids alone"])
-    model.set_attn_implementation(register_attention("auto" if device.type == "cuda" else "sdpa"))
-    lines = isolate_mixers(model, native=native)
-    report = check_isolation(model)
+    place = {"model": name, "layers": depth, "arm": BOUNDARIES if native else LINES}
+    place |= {"dtype": str(dtype).removeprefix("torch.")}
+    place |= {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
+    try:
+        without = check_isolation(model, batch_builder=SITUATIONS["position ids alone"])
+        model.set_attn_implementation(register_attention("auto" if device.type == "cuda" else "sdpa"))
+        lines = isolate_mixers(model, native=native)
+        report = check_isolation(model)
+    except RuntimeError as refusal:  # a package that does not compute on this device says so in backward
+        reason = str(refusal).splitlines()[0]
+        return place | {"verdict": "refused", "isolated": False, "reason": reason, "without": "refused"}
     others = [x for i, row in enumerate(report.influence) for j, x in enumerate(row) if i != j]
-    return {
-        "model": name,
-        "layers": depth,
-        "arm": BOUNDARIES if native else LINES,
-        "dtype": report.dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    return place | {
         "on_lines": sorted(set(lines.values())),
         "verdict": report.verdict,
         "isolated": report.isolated,

@@ -192,6 +192,7 @@ def utilization_table(table: pd.DataFrame) -> pd.DataFrame:
 def speed_up_bars(table: pd.DataFrame, model: str) -> Picture:
     """Speed-up over padding of a model's arms on packlib's attention, with the limit on every bar (`main_arms`)."""
     ours = table[~table["kernel"].str.startswith("transformers")]
+    ours = ours.assign(label=[tables.arm_label(*arm) for arm in zip(ours["strategy"], ours["kernel"])])
     return figures.bars_with_limits(ours, f"{model}: real tokens/s against padding")
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter as Tally
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -88,14 +89,15 @@ def child(spec, run_id, folder, sender):
 def fake_run(status="ok", after=lambda: None):
     """Stands in for `experiment._run_one`, and counts."""
 
-    def run_one(spec, run_id, folder, progress, stop):
+    def run_one(spec, run_id, folder, progress, stop, gpu):
         run_one.ran.append(spec)
+        run_one.gpus.append(gpu)
         record = records.unfinished(run_id, asdict(spec), status, "made up")
         records.write_record(folder, record)
         after()
         return record
 
-    run_one.ran = []
+    run_one.ran, run_one.gpus = [], []
     return run_one
 
 
@@ -311,7 +313,9 @@ def test_several_runs_share_a_device_where_asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "_run_one", one)
     monkeypatch.setenv(records.CONCURRENT, "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     found = experiment.run(specs, records.run_folder(tmp_path))
+    assert Tally(map(int, run_one.gpus)) == {5: 4, 7: 2}, "the third has to share"
     assert [record["spec"]["seed"] for record in found] == list(range(6)) and len(run_one.ran) == 6
     assert {record["environment"]["concurrent_runs"] for record in found} == {3}
     with pytest.raises(ValueError, match="PACKLIB_CONCURRENT_RUNS = 3; runs of several ranks"):
@@ -385,6 +389,44 @@ def test_memory_that_runs_out_is_told_from_a_failure(tmp_path, monkeypatch, erro
 
 
 # several processes
+
+
+def sees(spec, run_id, folder, sender):
+    """Stands in for `experiment._child`: the record is the environment of a rank, the second of several fails."""
+    record = records.unfinished(run_id, asdict(spec), "ok", os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if spec.world_size == 1:
+        records.write_record(folder, record)
+    elif os.environ["RANK"] == "1":
+        raise SystemExit(3)
+    else:
+        time.sleep(60)
+
+
+def test_a_single_rank_sees_one_gpu(tmp_path, monkeypatch):
+    """Trainer would take the others for DataParallel."""
+    monkeypatch.setattr(experiment, "_child", sees)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    (record,) = experiment.run([BASE], records.run_folder(tmp_path))
+    assert record["error"] == "5"
+
+
+def test_a_rank_that_fails_ends_the_others(tmp_path, monkeypatch):
+    """They would wait for it, for minutes."""
+    monkeypatch.setattr(experiment, "_child", sees)
+    started = time.monotonic()
+    (record,) = experiment.run([replace(BASE, world_size=2)], records.run_folder(tmp_path))
+    assert record["status"] == "failed" and record["error"] == "ended with exit code 3 and no record"
+    assert time.monotonic() - started < 50
+
+
+def test_the_rank_that_fails_leaves_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    said = []
+    assert not worker.execute(replace(BASE, corpus="nowhere.jsonl", world_size=2), "x", tmp_path, said.append)
+    record = records.read_record(tmp_path, "x")
+    assert record["status"] == "failed" and "nowhere.jsonl" in record["error"] and said
+    assert not worker.execute(replace(BASE, corpus="elsewhere.jsonl", world_size=2), "x", tmp_path, said.append)
+    assert records.read_record(tmp_path, "x") == record, "the first reason stays"
 
 
 @pytest.mark.slow

@@ -77,6 +77,16 @@ def test_a_check_sees_the_leak_and_the_repair(tiny, native):
     assert f"3 layers in float32 on cpu, {found['arm']}: isolated; without it: leak." in said
 
 
+def test_a_package_that_refuses_the_device_is_no_leak(tiny, monkeypatch):
+    def refuse(*args, **options):
+        raise RuntimeError("not on this device\nupgrade")
+
+    monkeypatch.setattr(hybrids, "check_isolation", refuse)
+    found = hybrids.check("lfm2-1.2b", native=True, dtype=torch.float32, device=torch.device("cpu"))
+    (said,) = hybrids.findings(hybrids.table([], records.runs_folder()), [found])
+    assert said.endswith("float32 on cpu, flattened, with boundaries: not on this device.")
+
+
 def test_a_run_isolates_mixers_and_says_so(tiny, tmp_path):
     """Two micro-batches of four: flattened in both ways the losses are those of padding."""
     folder, found = records.run_folder(tmp_path), {}
