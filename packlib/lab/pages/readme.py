@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from packlib.attention import KERNELS
 from packlib.lab import doubts, figures, paper, records, tables
 from packlib.lab.pages import report
 from packlib.lab.parameters import unknown_name
-from packlib.lab.studies import convergence
+from packlib.lab.studies import convergence, throughput
 from packlib.lab.studies import paper as comparison
 
 BLOCK = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
@@ -193,7 +194,31 @@ def climb(frame: pd.DataFrame, run: str) -> str:
     return "\n".join(parts[:-1])
 
 
-BLOCKS = {function.__name__: function for function in (claim, headline, figure, climb, arms, models, losses)}
+def ranks(frame: pd.DataFrame, run: str) -> str:
+    """What several GPUs did, against both ways of padding, on the paper's rig and on others."""
+    table = throughput.both_baselines(frame[frame["model"] == MODEL])
+    rigs = tables.named_models([""] * len(table), table["rig"])
+    columns = {
+        "corpus": table["corpus"].map(_data),
+        "rig": [rig.strip(" ()") for rig in rigs],
+        "batching": [tables.arm_label(*arm) for arm in zip(table["strategy"], table["kernel"])],
+        "real tokens/s of a GPU": tables.formatted(table["tokens_per_s"], "{:,.0f}"),
+        "× padding, SDPA": tables.formatted(table["over_sdpa"], "{:.2f}"),
+        "× padding, varlen": tables.formatted(table["speed_up"], "{:.2f}"),
+        "peak memory of a GPU (GB)": tables.formatted(table["peak_memory_bytes"] / 1e9, "{:.1f}"),
+    }
+    used = frame[(frame["world_size"] > 1) & (frame["status"] == "ok") & (frame["model"] == MODEL)]
+    kernels = ", ".join(sorted({kernel for kernel in used["metrics.kernel"] if kernel in KERNELS}))
+    launch = 1e6 * used["metrics.launch_seconds"]
+    said = (
+        f"{NAME} on {_devices(used)}, attention by {kernels}; the host launches a kernel in {launch.min():.0f} to "
+        f"{launch.max():.0f} µs."
+    )
+    doubted = "".join(f"\n\n> [!CAUTION]\n> 🔴 **{doubt}**" for doubt in doubts.doubts(used))
+    return f"{tables.markdown(pd.DataFrame(columns))}\n\n{said}{doubted}"
+
+
+BLOCKS = {function.__name__: function for function in (claim, headline, figure, climb, ranks, arms, models, losses)}
 
 
 def _draw(frame: pd.DataFrame, path: Path, text: str) -> None:

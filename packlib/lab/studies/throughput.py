@@ -110,6 +110,24 @@ def main_arms(table: pd.DataFrame, model: str) -> pd.DataFrame:
     return own.assign(corpus=own["corpus"].map(tables.short))
 
 
+def both_baselines(frame: pd.DataFrame) -> pd.DataFrame:
+    """`tables.against` of the runs with several ranks, and `over_sdpa`: speed over padding through SDPA.
+
+    The same model, rig, size of batches and corpus for both; NaN where that padding was not measured. Rates are of one
+    rank.
+    """
+    ranks = tables.against(tables.alone(frame[(frame["world_size"] > 1) & (frame["status"] == "ok")]))
+    if not len(ranks):
+        return ranks.assign(over_sdpa=[])
+    place = ["model", "rig", "corpus"]
+    weak = ranks[(ranks["strategy"] == PAIR[0]) & (ranks["kernel"] == "maskless_sdpa")].set_index(place)["tokens_per_s"]
+    base = [weak.get(key, math.nan) for key in ranks[place].itertuples(index=False, name=None)]
+    strong = ranks.groupby(place)["kernel"].transform(
+        lambda kernels: "auto" in set(kernels[ranks["strategy"] == PAIR[0]])
+    )
+    return ranks.assign(over_sdpa=ranks["tokens_per_s"] / base, speed_up=ranks["speed_up"].where(strong))
+
+
 def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Speed-up of minibatch_packing over padding and its limit (`tables.limit`), per batch size.
 
