@@ -220,15 +220,19 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     return _VARLEN_ATTN(q, k, v, *boundaries, **options)
 
 
-def _import_flash_attn() -> Callable[..., Tensor] | None:
+def _import_flash_attn() -> tuple[Callable[..., Tensor] | None, str]:
+    """The package's function, or None and why it cannot be used."""
     try:
         distribution("flash-attn")
     except PackageNotFoundError:
-        return None
-    return importlib.import_module("flash_attn").flash_attn_varlen_func
+        return None, "the flash-attn package is not installed"
+    try:
+        return importlib.import_module("flash_attn").flash_attn_varlen_func, ""
+    except (ImportError, OSError, AttributeError) as error:  # built for another PyTorch, say
+        return None, f"the flash-attn package does not load: {error}"
 
 
-FLASH_ATTN = _import_flash_attn()  # of the installed package (never of `flash_stand_in`), None without it
+FLASH_ATTN, _NO_FLASH_ATTN = _import_flash_attn()  # of the installed package (never of `flash_stand_in`)
 
 
 @_same_head_dim
@@ -258,7 +262,7 @@ def _has_torch_varlen(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _has_flash_attn(device: torch.device, dtype: torch.dtype) -> str:
-    return _half_on_ampere(device, dtype) if FLASH_ATTN else "the flash-attn package is not installed"
+    return _half_on_ampere(device, dtype) if FLASH_ATTN else _NO_FLASH_ATTN
 
 
 @dataclass(frozen=True)

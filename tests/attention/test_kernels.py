@@ -162,3 +162,15 @@ def test_kernel_table_gives_reasons():
     assert set(table) == set(KERNELS)
     assert all(row["works"] == (not row["why_not"]) for row in table.values())
     assert "needs a CUDA device" in table["torch_varlen"]["why_not"] and table["sdpa"]["works"]
+
+
+def test_a_flash_attn_that_was_built_for_another_pytorch_is_none(monkeypatch):
+    """And importing packlib goes on: the other kernels are there."""
+
+    def load(name):
+        raise ImportError("undefined symbol: _ZN3c104cuda9SetDeviceEi")
+
+    monkeypatch.setattr(kernels, "distribution", lambda name: None)
+    monkeypatch.setattr(kernels.importlib, "import_module", load)
+    function, reason = kernels._import_flash_attn()
+    assert function is None and reason.startswith("the flash-attn package does not load: undefined symbol")
