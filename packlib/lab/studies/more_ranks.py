@@ -4,12 +4,15 @@
                               with CUDA graphs nothing is launched, and per_batch is added instead
     step, sharded:            micro-batches one after the other, each as long as on its slowest rank (FSDP2 waits in
                               every layer); not sharded: the slowest rank's sum (gradients meet once a step)
-    and for every step:       the optimiser's least time, and what GPUs exchange: hidden behind the work, or not
+    and for every step:       the optimiser's least time, and what GPUs exchange: sharded, hidden behind the work or
+                              not, both ends; not sharded, it comes when the work is done and cannot be hidden
 
 per_slot, per_batch and a `launch` for each layout and kernel are fitted to every measured step of one rig, by least
 squares on relative errors; the price of a pair is that of `packlib.lab.costs`. n ranks are planned as the worker plans
-them. Not in it: a slower host with more processes on it, and links other than NVLink. Memory is a record's own peak,
-less the states that further ranks take over, plus the growth of the largest micro-batch.
+them. Not in it: a slower host with more processes on it, and links other than NVLink. Memory is a record's own peak
+plus the growth of the largest micro-batch, less what further ranks take over: the states, or, as the other end, all
+that does not grow with slots. The lengths that records were planned on lie beside them (`save_lengths`, checked by the
+plans' hashes), so that everything can be computed again without the corpora.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import least_squares
+from transformers import PreTrainedConfig
 
 from packlib.lab import models, tables
 from packlib.lab.costs import PAIR_SLOWDOWN
@@ -38,19 +42,33 @@ Record = Mapping[str, Any]
 Lengths = Mapping[str, np.ndarray]  # corpus, as a spec names it -> tokens of each example, int [examples]
 MINI, FULL = ("flat", "auto", "minibatch_packing"), "multipack_posid"  # layout, kernel, strategy
 SDPA, VARLEN = ("padded", "maskless_sdpa", "padding"), ("padded", "auto", "padding")
+STRATEGIES = ("padding", "minibatch_packing", FULL)
+RATES = ("matmul_flops_ceiling", "copy_bytes_per_s")
 PAPERS = Rig(recompute="all", shard=True)
+FROM = 2  # ranks of the records
 BUS = 329e9  # bytes/s that a GPU receives in NCCL's all-reduce of 1 GiB: 2 H100, one measurement (355e9 on four)
 STEPS, TIMED = 13, slice(3, 13)  # of preset h100x8
 SPEED_GOAL = {"multitask": 1.9, "math": 1.4}  # the paper's: Table 2 for Mistral-7B, and "about" in its blog post
 MEMORY_GOAL = {"multitask": 0.85, "math": 0.96}  # these and the next two: what was asked of a run on eight
 SHARE_GOAL, RANKS_GOAL = 0.90, 0.92
 MEMORY = "peak memory per GPU"
+NEEDED = "GB/s that a GPU has to receive for the goal"
 STATES = 4  # weights, gradients and AdamW's two moments
 PAIRS = (0.5, 2.0)  # times the price of a pair: as wide as the prices that `packlib.lab.costs` tried
+VERDICTS = {
+    "met": "error included, {n} of {all} figures meet their goal",
+    "missed": "error included, {n} of {all} figures miss their goal",
+    "cannot say": "the error is too large to say whether {n} of {all} figures meet their goal",
+}
 COLUMNS = ["corpus", "what", "low", "high", "left_out", "other_host", "goal", "verdict"]
 
 
-@dataclass(frozen=True)
+@cache
+def _config(model: str) -> PreTrainedConfig:
+    return models.model_config(model)
+
+
+@dataclass(frozen=True, eq=False)
 class Arm:
     """A finished record: its spec, seconds of its measured steps, and the plans of its examples for any ranks."""
 
@@ -99,17 +117,7 @@ class Arm:
 
     def work(self, ranks: int, balance: bool = True) -> np.ndarray:
         """Slots and Σ n² of an epoch's micro-batches, float64 [steps, accumulation, ranks, 2]; ranks take turns."""
-        plan, to = self.plan(ranks, balance), max(self.spec.rig.pad_to, 1)
-        slots, pairs = plan.row_lengths, plan.row_costs()
-        if self.way[0] == "padded":
-            longest = -(-np.maximum.reduceat(plan.stop - plan.start, plan.row_splits[:-1]) // to) * to
-            slots = longest * plan.row_examples
-            if self.way == SDPA[:2]:  # pads attend, too; the others leave them out inside attention
-                pairs = slots * longest
-        shape = (-1, self.spec.gradient_accumulation, ranks)
-        whole = len(plan) - len(plan) % (self.spec.gradient_accumulation * ranks)
-        rounded = (-(-slots // to) * to)[:whole].reshape(shape)
-        return np.stack([rounded, pairs[:whole].reshape(shape)], axis=-1).astype(float)
+        return _work(self, ranks, balance)
 
     @cached_property
     def measured(self) -> np.ndarray:
@@ -121,16 +129,29 @@ class Arm:
         ranks, (slots, pairs) = work.shape[2], work.sum(axis=1).mean(axis=(0, 1))
         least = StepWork(self.spec.gradient_accumulation, slots, slots, pairs)
         shards = ranks if self.spec.rig.shard else 1
-        return step_limit(
-            models.model_config(self.spec.model), least, self.rates, itemsize=self.itemsize, shards=shards
-        )
+        return step_limit(_config(self.spec.model), least, self.rates, itemsize=self.itemsize, shards=shards)
 
     def exchanged_bytes(self, ranks: int) -> float:
         """What a rank receives in a step: weights and gradients of its shards, or gradients summed and spread again."""
         if self.spec.rig.shard:
             return self.limit(np.ones((1, 1, ranks, 2))).gathered_bytes
-        total = models.parameter_count(models.model_config(self.spec.model)).total
+        total = models.parameter_count(_config(self.spec.model)).total
         return 2 * (1 - 1 / ranks) * self.itemsize * total
+
+
+@lru_cache(maxsize=256)
+def _work(arm: Arm, ranks: int, balance: bool) -> np.ndarray:
+    plan, to = arm.plan(ranks, balance), max(arm.spec.rig.pad_to, 1)
+    slots, pairs = plan.row_lengths, plan.row_costs()
+    if arm.way[0] == "padded":
+        longest = -(-np.maximum.reduceat(plan.stop - plan.start, plan.row_splits[:-1]) // to) * to
+        slots = longest * plan.row_examples
+        if arm.way == SDPA[:2]:  # pads attend, too; the varlen kernel leaves them out
+            pairs = slots * longest
+    shape = (-1, arm.spec.gradient_accumulation, ranks)
+    whole = len(plan) - len(plan) % (shape[1] * ranks)
+    rounded = (-(-slots // to) * to)[:whole].reshape(shape)
+    return np.stack([rounded, pairs[:whole].reshape(shape)], axis=-1).astype(float)
 
 
 @dataclass(frozen=True)
@@ -157,28 +178,22 @@ class Cost:
 
 
 def read_arms(runs: Sequence[Record], lengths: Lengths) -> list[Arm]:
-    """Finished runs of our strategies on several ranks whose lengths are known and that had their devices alone.
+    """Finished runs of STRATEGIES on two ranks whose lengths are known and that had their devices alone.
 
     Raises `ValueError` where a record was planned on other lengths than these.
     """
     arms = []
     for run in runs:
-        spec = RunSpec(**run["spec"])
-        peer = get_strategy(spec.strategy).trl is not None
-        if (
-            run["status"] == "ok"
-            and spec.world_size > 1
-            and not peer
-            and spec.corpus in lengths
-            and had_device_alone(run)
-        ):
-            metrics, seconds = run["metrics"], np.diff(run["trace"]["seconds"], prepend=0)
-            rates = Rates(metrics["matmul_flops_ceiling"], metrics["copy_bytes_per_s"])
-            timed = seconds[-metrics["measured_steps"] :]
-            arm = Arm(spec, lengths[spec.corpus], timed, len(seconds), rates, metrics["peak_memory_bytes"])
-            if arm.plan(spec.world_size).sha256 != run["plan"]["sha256"]:
-                raise ValueError(f"{run['run_id']} was planned on other lengths of {spec.corpus} than those given")
-            arms.append(arm)
+        spec, metrics = RunSpec(**run["spec"]), run["metrics"]
+        known = spec.world_size == FROM and spec.strategy in STRATEGIES and spec.corpus in lengths
+        if not (known and run["status"] == "ok" and had_device_alone(run)):
+            continue
+        seconds, rates = np.diff(run["trace"]["seconds"], prepend=0), (metrics[name] for name in RATES)
+        timed, peak = seconds[-metrics["measured_steps"] :], metrics["peak_memory_bytes"]
+        arm = Arm(spec, lengths[spec.corpus], timed, len(seconds), Rates(*rates), peak)
+        if arm.plan(spec.world_size).sha256 != run["plan"]["sha256"]:
+            raise ValueError(f"{run['run_id']} was planned on other lengths of {spec.corpus} than those given")
+        arms.append(arm)
     return arms
 
 
@@ -192,7 +207,7 @@ def by_rig(arms: Sequence[Arm]) -> dict[str, list[Arm]]:
 
 def fit(arms: Sequence[Arm], *, hidden: bool) -> Cost:
     """The costs of one rig, by least squares on relative errors of every measured step; each arm weighs alike."""
-    rig, config = arms[0].spec.rig, models.model_config(arms[0].spec.model)
+    rig, config = arms[0].spec.rig, _config(arms[0].spec.model)
     pair = PAIR_SLOWDOWN * models.attention_flops_per_token(config, 1.0) / 2 / models.flops_per_token(config)
     ways = [] if rig.graphs else sorted({arm.way for arm in arms})
     fastest = {w: min(a.seconds.min() / a.spec.gradient_accumulation for a in arms if a.way == w) for w in ways}
@@ -213,18 +228,17 @@ def fit(arms: Sequence[Arm], *, hidden: bool) -> Cost:
 
 
 def left_out(arms: Sequence[Arm], *, hidden: bool) -> pd.DataFrame:
-    """Each arm of one rig predicted from the others, repeats left out with it: `key, measured, predicted, error`.
+    """Each arm of one rig predicted from the others, repeats left out with it: `rig, key, measured, predicted, error`.
 
-    Mean seconds of a step; no row for an arm whose way (layout and kernel) no other arm has, unless graphs launch it.
+    Seconds of the mean step; no row for an arm whose way (layout and kernel) no other arm has, unless graphs launch it.
     """
     rows = []
-    for key in dict.fromkeys(arm.key for arm in arms):
-        own, others = [a for a in arms if a.key == key], [a for a in arms if a.key != key]
-        if others and (own[0].spec.rig.graphs or own[0].way in {a.way for a in others}):
-            measured = np.mean([a.seconds.mean() for a in own])
-            rows.append((key, measured, fit(others, hidden=hidden).steps(own[0], own[0].measured).mean()))
-    table = pd.DataFrame(rows, columns=["key", "measured", "predicted"])
-    return table.assign(error=table["predicted"] / table["measured"] - 1)
+    for key, measured in _means(arms).items():
+        own, others = next(a for a in arms if a.key == key), [a for a in arms if a.key != key]
+        if others and (own.spec.rig.graphs or own.way in {a.way for a in others}):
+            predicted = float(fit(others, hidden=hidden).steps(own, own.measured).mean())
+            rows.append([own.spec.rig.label, key, measured, predicted, predicted / measured - 1])
+    return pd.DataFrame(rows, columns=["rig", "key", "measured", "predicted", "error"])
 
 
 Means = Mapping[tuple, float]  # an arm's key -> seconds of its mean step
@@ -235,10 +249,12 @@ class _Foreseen:
 
     def __init__(self, arms: Sequence[Arm], elsewhere: Sequence[Arm], ranks: int) -> None:
         self.arms, self.ranks, self.papers = arms, ranks, arms[0].spec.rig == PAPERS
-        self.costs = [fit(arms, hidden=hidden) for hidden in (False, True)]
+        ends = (False, True) if arms[0].spec.rig.shard else (False,)
+        self.costs = [fit(arms, hidden=hidden) for hidden in ends]
         self.measured, self.elsewhere = _means(arms), _means(elsewhere)
         self.fitted = [{arm.key: cost.steps(arm, arm.measured).mean() for arm in arms} for cost in self.costs]
-        self.alone = [left_out(arms, hidden=c.hidden).set_index("key")["predicted"].to_dict() for c in self.costs]
+        self.left_out = [left_out(arms, hidden=cost.hidden) for cost in self.costs]
+        self.alone = [table.set_index("key")["predicted"].to_dict() for table in self.left_out]
 
     def rows(self) -> list[list]:
         """Rows of `predict`."""
@@ -251,7 +267,7 @@ class _Foreseen:
         return found + [row for arm in full.values() for row in self._full_rows(arm)]
 
     def _over(self, padded: Arm, mini: Arm) -> list[list]:
-        """MiniBatchPacking over padding on the steps that the preset times: speed, or its share of the limit; memory."""
+        """MiniBatchPacking over padding on the steps that the preset times: speed or its share of the limit; memory."""
         works = [arm.work(self.ranks)[TIMED] for arm in (padded, mini)]
         ratios = [c.steps(padded, works[0]).mean() / c.steps(mini, works[1]).mean() for c in self.costs]
         errors = self._errors(lambda means: means.get(padded.key, np.nan) / means.get(mini.key, np.nan))
@@ -261,20 +277,18 @@ class _Foreseen:
             allowed = padded.limit(works[0]).seconds / mini.limit(works[1]).seconds
             return [[place, f"our rig: {what}share of limit", [r / allowed for r in ratios], *errors, SHARE_GOAL]]
         speed_goal = SPEED_GOAL.get(place, np.nan) if kernel == "SDPA" else np.nan
-        memory = self._memory(padded, mini)
-        return [
-            [place, f"{what}tokens/s", ratios, *errors, speed_goal],
-            [place, f"{what}{MEMORY}", [memory[0]], memory[1], np.nan, MEMORY_GOAL.get(place, np.nan)],
-        ]
+        rows = [[place, f"{what}tokens/s", ratios, *errors, speed_goal]]
+        if kernel == "SDPA":  # the other peak is the same within a percent
+            rows.append([place, f"{what}{MEMORY}", *self._memory(padded, mini), np.nan, MEMORY_GOAL.get(place, np.nan)])
+        return rows
 
-    def _memory(self, padded: Arm, mini: Arm) -> tuple[float, float]:
-        """Peak of `mini` over that of `padded`, and how far it is off on two ranks without their own records."""
-        slope = peak_line(self.arms)[0]
-        foreseen = [peak_of_more(arm, self.ranks, slope) for arm in (mini, padded)]
-        without = [
-            np.polyval(peak_line([a for a in self.arms if a.key != b.key]), largest(b, 2)) for b in (mini, padded)
-        ]
-        return foreseen[0] / foreseen[1], abs(without[0] / without[1] * padded.peak_bytes / mini.peak_bytes - 1)
+    def _memory(self, padded: Arm, mini: Arm) -> tuple[list[float], float]:
+        """Peak of `mini` over that of `padded` at both ends; its error on two ranks without their own records."""
+        line = peak_line(self.arms)
+        ends = np.array([peaks_of_more(arm, self.ranks, *line) for arm in (mini, padded)])
+        others = ([a for a in self.arms if a.key != own.key] for own in (mini, padded))
+        first, second = (np.polyval(peak_line(a), largest(own, FROM)) for a, own in zip(others, (mini, padded)))
+        return (ends[0] / ends[1]).tolist(), abs(float(first / second) * padded.peak_bytes / mini.peak_bytes - 1)
 
     def _full_rows(self, arm: Arm) -> list[list]:
         """An epoch of full rows, weights held by each GPU: tokens/s per GPU over one GPU's, and the slowest rank."""
@@ -287,6 +301,11 @@ class _Foreseen:
             uneven = [slowest_over_mean(c, arm, many) for c in costs]
             rows.append([arm.place, f"{what}{self.ranks} GPUs over 1: tokens/s per GPU", rates, *errors, RANKS_GOAL])
             rows.append([arm.place, f"{what}slowest rank's step over the mean", uneven, np.nan, np.nan, np.nan])
+            spare = [
+                c.steps(arm, one).mean() / RANKS_GOAL - replace(c, hidden=True).steps(arm, many).mean() for c in costs
+            ]
+            needed = [arm.exchanged_bytes(self.ranks) / max(seconds, 1e-9) / 1e9 for seconds in spare]
+            rows.append([arm.place, f"{what}{NEEDED}", needed, np.nan, np.nan, np.nan])
         return rows
 
     def _errors(self, figure: Callable[[Means], float]) -> tuple[float, float]:
@@ -316,79 +335,117 @@ def peak_line(arms: Sequence[Arm]) -> np.ndarray:
     return np.polyfit([largest(arm, arm.spec.world_size) for arm in arms], [arm.peak_bytes for arm in arms], 1)
 
 
-def peak_of_more(arm: Arm, ranks: int, per_slot: float) -> float:
-    """Peak bytes per GPU on `ranks` GPUs that share the states: the record's own, see the module."""
-    count = models.parameter_count(models.model_config(arm.spec.model)).total
-    taken = STATES * arm.itemsize * count * (1 / arm.spec.world_size - 1 / ranks) if arm.spec.rig.shard else 0.0
-    return arm.peak_bytes - taken + per_slot * (largest(arm, ranks) - largest(arm, arm.spec.world_size))
+def peaks_of_more(arm: Arm, ranks: int, per_slot: float, always: float) -> tuple[float, float]:
+    """Peak bytes per GPU on `ranks` GPUs: states alone sharded further, and all that is `always` there."""
+    own = arm.spec.world_size
+    states = STATES * arm.itemsize * models.parameter_count(_config(arm.spec.model)).total / own
+    grown = arm.peak_bytes + per_slot * (largest(arm, ranks) - largest(arm, own))
+    further = 1 - own / ranks if arm.spec.rig.shard else 0.0
+    return grown - states * further, grown - always * further
 
 
-def predict(runs: Sequence[Record], lengths: Lengths, ranks: int, elsewhere: Sequence[Record] = ()) -> pd.DataFrame:
-    """A row a figure of preset h100x8 that records of two ranks let us foresee for `ranks` of them.
+class Forecast(NamedTuple):
+    """`figures`: a row a figure, see `predict`. `arms`: `left_out` of every rig, at both ends of the exchange."""
 
-    elsewhere: the same arms on another host. Columns `corpus, what`; `low, high`: with the exchange counted in full and
-    hidden, for full rows also with pairs at half and at twice their price; `left_out`: relative error of the figure on
-    two ranks, its arms predicted from the others, at the worse of these ends; `other_host`: the same for the other
-    host's figure, predicted from this one's records; `goal` (NaN: none); `verdict`: what the range, made wider by the
-    larger error, says of it.
+    figures: pd.DataFrame
+    arms: pd.DataFrame
+
+
+def predict(runs: Sequence[Record], lengths: Lengths, ranks: int, elsewhere: Sequence[Record] = ()) -> Forecast:
+    """The figures of preset h100x8 that records of two ranks let us foresee for `ranks` of them.
+
+    elsewhere: the same arms on another host. Columns `corpus, what`; `low, high`: both ends of the exchange and of
+    memory, for full rows pairs at half and at twice their price; `left_out`: relative error on two ranks where arms are
+    predicted from the others, the largest over this rig's figures of that kind (for full rows, of a step; a single
+    ratio may be right by chance); `other_host`: the same for the other host's figures, predicted from these records;
+    `goal` (NaN: none); `verdict`: what the range, made wider by the larger error, says of it.
     """
-    there, rows = by_rig(read_arms(elsewhere, lengths)), []
+    there, rows, alone = by_rig(read_arms(elsewhere, lengths)), [], []
     for rig, arms in by_rig(read_arms(runs, lengths)).items():
-        for corpus, what, values, left, other, goal in _Foreseen(arms, there.get(rig, []), ranks).rows():
-            error = float(np.nanmax([0.0, left, other]))
-            low, high = min(values), max(values)
-            verdict = _verdict(low * (1 - error), high * (1 + error), goal, less=MEMORY in what)
-            rows.append([corpus, what, low, high, left, other, goal, verdict])
-    return pd.DataFrame(rows, columns=COLUMNS)
+        foreseen = _Foreseen(arms, there.get(rig, []), ranks)
+        rows += [[rig, row[1].split(", ")[-1], *row] for row in foreseen.rows()]
+        alone += foreseen.left_out
+    table = pd.DataFrame(rows, columns=["rig", "kind", "corpus", "what", "values", "left_out", "other_host", "goal"])
+    errors = ["left_out", "other_host"]
+    table[errors] = table.groupby(["rig", "kind"])[errors].transform("max")
+    table["low"], table["high"] = table["values"].map(min), table["values"].map(max)
+    table["verdict"] = [_verdict(row) for row in table.to_dict("records")]
+    return Forecast(table[COLUMNS], pd.concat(alone) if alone else left_out([], hidden=True))
 
 
-def _verdict(low: float, high: float, goal: float, *, less: bool) -> str:
+def _verdict(row: Mapping[str, Any]) -> str:
+    error = np.nanmax([0.0, row["left_out"], row["other_host"]])
+    low, high, goal = row["low"] * (1 - error), row["high"] * (1 + error), row["goal"]
     if np.isnan(goal):
         return ""
-    if high <= goal if less else low >= goal:
-        return "met"
-    return "missed" if (low > goal if less else high < goal) else "cannot say"
+    if row["kind"] == MEMORY:  # less is better
+        low, high, goal = -high, -low, -goal
+    return "met" if low >= goal else "missed" if high < goal else "cannot say"
 
 
-def foresee(folder: Path, ranks: int = 8) -> pd.DataFrame:
-    """`predict` for a run's folder, from its records, those in `second_host/` and `lengths.npz`; empty without."""
-    path = folder / "lengths.npz"
-    if not path.exists():
-        return pd.DataFrame(columns=COLUMNS)
-    with np.load(path) as stored:
-        lengths = {name: stored[name].astype(np.int64) for name in stored.files}
+def foresee(folder: Path, ranks: int = 8) -> Forecast:
+    """`predict` for a run's folder, from its records, those in `second_host/` and `lengths.json`; empty without."""
+    lengths = read_lengths(folder)
+    if not lengths:
+        return predict([], {}, ranks)
     return predict(read_records(folder), lengths, ranks, read_records(folder / "second_host"))
 
 
+def read_lengths(folder: Path) -> Lengths:
+    """What `save_lengths` wrote; nothing where it did not."""
+    path = folder / "lengths.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {name: np.array(lengths, dtype=np.int64) for name, lengths in stored.items()}
+
+
 def save_lengths(folder: Path) -> Path:
-    """Write `lengths.npz`: the lengths that a run's records were planned on, where the corpora are at hand."""
+    """Write `lengths.json`: the lengths that a run's records were planned on, where the corpora are at hand."""
     runs = [RunSpec(**run["spec"]) for run in read_records(folder) if run["status"] == "ok"]
-    options = {run.corpus: run.corpus_options for run in runs if run.world_size > 1}
-    lengths = {name: load_corpus(name, **own).lengths.astype(np.uint16) for name, own in options.items()}
-    np.savez_compressed(folder / "lengths.npz", allow_pickle=False, **lengths)
-    return folder / "lengths.npz"
+    options = {run.corpus: run.corpus_options for run in runs if run.world_size == FROM}
+    lengths = {name: load_corpus(name, **own).lengths.tolist() for name, own in options.items()}
+    path = folder / "lengths.json"
+    path.write_text(json.dumps(lengths, separators=(",", ":")) + "\n", encoding="utf-8")
+    return path
 
 
-def display_table(table: pd.DataFrame) -> pd.DataFrame:
-    """`predict` for readers."""
+def display_table(forecast: Forecast) -> pd.DataFrame:
+    """The figures for readers."""
+    table = forecast.figures
     columns = {"corpus": table["corpus"], "figure": table["what"]}
     columns["foreseen"] = [_span(row) for row in table.to_dict("records")]
-    columns["error, arms left out"] = tables.formatted(table["left_out"], "{:.0%}")
-    columns["error, other host"] = tables.formatted(table["other_host"], "{:.0%}")
+    columns["error, arms left out"] = tables.formatted(table["left_out"], "{:.1%}")
+    columns["error, other host"] = tables.formatted(table["other_host"], "{:.1%}")
     return pd.DataFrame(columns | {"goal": tables.formatted(table["goal"], "{:.2f}"), "verdict": table["verdict"]})
 
 
 def _span(row: Mapping[str, Any]) -> str:
-    low, high = f"{row['low']:.2f}", f"{row['high']:.2f}"
+    low, high = f"{row['low']:.3f}", f"{row['high']:.3f}"
     return low if low == high else f"{low} to {high}"
 
 
-def findings(table: pd.DataFrame) -> list[str]:
-    """Sentences of notebook 09, every number from `predict`."""
-    said = []
-    for row in table[table["verdict"] != ""].to_dict("records"):
-        known = [value for value in (row["left_out"], row["other_host"]) if not np.isnan(value)]
-        sure = {"met": "the goal is met", "missed": "the goal is missed"}.get(row["verdict"], "too wide to say")
-        error = f"error up to {max(known):.0%}" if known else "error unknown"
-        said.append(f"Foreseen, {row['corpus']}, {row['what']}: {_span(row)}, {error}; goal {row['goal']:.2f}: {sure}.")
+def findings(forecast: Forecast) -> list[str]:
+    """Sentences of notebook 09, every number from `predict`: how well arms foresee each other, then verdicts."""
+    off, table, said = forecast.arms["error"].abs(), forecast.figures, []
+    if len(off):
+        said.append(
+            f"On two GPUs, a mean step predicted from the rig's other arms is off by {off.median():.1%} typically and "
+            f"{off.max():.1%} at most ({forecast.arms['key'].nunique()} arms)."
+        )
+    if table["other_host"].notna().any():
+        worst = table.loc[table["other_host"].idxmax()]
+        said.append(
+            f"Another host's figures, predicted from this one's records, are off by {worst['other_host']:.1%} at most "
+            f"(“{worst['what']}”): the host is a part of what is measured."
+        )
+    needed = table.loc[table["what"].str.endswith(NEEDED), "high"]
+    if len(needed):
+        said.append(
+            f"What full rows lose on more GPUs rests on the rate of their exchange, assumed, not measured on so many: "
+            f"{BUS / 1e9:.0f} GB/s, where the goal takes {needed.min():.0f} to {needed.max():.0f}."
+        )
+    judged = table[table["verdict"] != ""]
+    for verdict, sentence in VERDICTS.items():
+        rows = judged[judged["verdict"] == verdict].to_dict("records")
+        shown = "; ".join(f"{r['corpus']}, {r['what']} {_span(r)} (goal {r['goal']:.2f})" for r in rows)
+        said += [f"Foreseen, not measured: {sentence.format(n=len(rows), all=len(judged))}: {shown}."] if rows else []
     return said

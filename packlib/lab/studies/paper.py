@@ -176,13 +176,14 @@ def _stands_for(corpus: str, data: Mapping[str, str]) -> str:
 
 
 def _state_bytes(record: pd.Series) -> float:
-    """Bytes of weights, gradients and AdamW's moments of a run on a GPU that trains all of its weights; else NaN."""
+    """Bytes of a GPU's weights, gradients and AdamW's moments in a run that trains all of its weights; else NaN."""
     name, rank = record["architecture"], record.get("rig.lora_rank")
     adapters = pd.notna(rank) and rank > 0
     if not record["environment.device_count"] or not models.architecture(name) or adapters:
         return np.nan
     config = models.model_config(name, layers=None if pd.isna(record["layers"]) else int(record["layers"]))
-    return STATE_BYTES[record["dtype"]] * models.parameter_count(config).total
+    shards = record["world_size"] if record.get("rig.shard") is True else 1
+    return STATE_BYTES[record["dtype"]] * models.parameter_count(config).total / shards
 
 
 def pairs(table: pd.DataFrame, titles: Sequence[str]) -> pd.DataFrame:

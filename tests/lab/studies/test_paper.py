@@ -236,6 +236,15 @@ def test_bars_carry_their_limit_and_no_number_lies_under_it(folder):
     assert numbers["2.20"] == 2.2
 
 
+def test_a_gpu_of_two_that_share_states_has_half_of_them(tmp_path):
+    folder, base = records.run_folder(tmp_path / "two"), replace(GPU, world_size=2, rig=Rig(shard=True))
+    write(folder, base, rate=2000, memory=40e9, waste=2.0, devices=2)
+    write(folder, replace(base, strategy="minibatch_packing"), rate=2500, memory=39e9, devices=2)
+    packed = row(beside(folder), run="two", strategy="minibatch_packing")
+    parameters = models.parameter_count(models.model_config("mistral-7b")).total
+    assert packed["floor"] == pytest.approx(8 * parameters / 2 / 40e9)
+
+
 def test_memory_with_adapters_has_no_floor_and_leaves_the_axis_to_the_ratios(folder):
     base = replace(GPU, rig=Rig(lora_rank=16))
     write(folder, base, rate=2000, memory=20e9, waste=2.0)
