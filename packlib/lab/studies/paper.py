@@ -182,7 +182,7 @@ def _state_bytes(record: pd.Series) -> float:
     if not record["environment.device_count"] or not models.architecture(name) or adapters:
         return np.nan
     config = models.model_config(name, layers=None if pd.isna(record["layers"]) else int(record["layers"]))
-    shards = record["world_size"] if record.get("rig.shard") is True else 1
+    shards = record["world_size"] if _sharded(record) else 1
     return STATE_BYTES[record["dtype"]] * models.parameter_count(config).total / shards
 
 
@@ -255,7 +255,12 @@ def _our_setting(arms: pd.DataFrame) -> dict[str, str]:
 
 
 def _sharding(run: pd.Series) -> str:
-    return "FSDP" if run.get("rig.shard") is True else "not sharded"
+    return "FSDP" if _sharded(run) else "not sharded"
+
+
+def _sharded(run: pd.Series) -> bool:
+    shard = run.get("rig.shard")
+    return bool(pd.notna(shard) and shard)
 
 
 def table_4(found: pd.DataFrame) -> pd.DataFrame:
