@@ -99,14 +99,15 @@ def rigs(frame: pd.DataFrame) -> pd.Series:
     return pd.Series(labels, index=frame.index, dtype=object)
 
 
-def _batches(frame: pd.DataFrame) -> list[str]:
-    """A part of `rig_label` for runs whose micro-batches are not of the size that most runs here have."""
-    names = ["batch_size", "gradient_accumulation"]
-    if not set(names) <= set(frame) or not len(frame):
-        return [""] * len(frame)
-    sizes = [f"{batch:.0f} × {micro_batches:.0f}" for batch, micro_batches in frame[names].itertuples(index=False)]
-    usual = max(sizes, key=sizes.count)
-    return ["" if size == usual else f"batch={size}" for size in sizes]
+def _dealt(frame: pd.DataFrame) -> list[str]:
+    """Parts of `rig_label` for runs whose batches are not of the size that most here have, or that are not balanced."""
+    names, parts = ["batch_size", "gradient_accumulation"], [""] * len(frame)
+    if len(frame) and set(names) <= set(frame):
+        sizes = [f"{batch:.0f} × {micro_batches:.0f}" for batch, micro_batches in frame[names].itertuples(index=False)]
+        usual = max(sizes, key=sizes.count)
+        parts = ["" if size == usual else f"batch={size}" for size in sizes]
+    balance = frame.get("balance", pd.Series(True, index=frame.index)).fillna(True).astype(bool)
+    return ["+".join(filter(None, (part, "" if even else "unbalanced"))) for part, even in zip(parts, balance)]
 
 
 def _ranks(frame: pd.DataFrame) -> pd.Series:
@@ -130,7 +131,7 @@ def named_models(models: Iterable[str], rigs: Iterable[str]) -> list[str]:
 def _in_words(part: str) -> str:
     """A part of `rig_label` as readers know it."""
     name, _, value = part.partition("=")
-    own = {"ranks": f"{value} ranks", "batch": f"batches of {value}"}
+    own = {"ranks": f"{value} ranks", "batch": f"batches of {value}", "unbalanced": "ranks not balanced"}
     return own.get(name) or in_words(name, value)
 
 
@@ -146,6 +147,8 @@ def one_setting(frame: pd.DataFrame) -> pd.DataFrame:
     How many steps a run that is not evaluated was timed over is no such difference, nor how many were its warm-up.
     """
     compared = frame.assign(**{"compared.rig": rigs(frame)})
+    if "balance" in compared:  # older records do not say that they were
+        compared["balance"] = compared["balance"].fillna(True).astype(bool)
     if {"steps", "eval_examples"} <= set(frame):
         compared["steps"] = frame["steps"].where(frame["eval_examples"] > 0)
     fixed = [name for name in frame if "." not in name and name not in VARIES]
@@ -167,7 +170,7 @@ def against(frame: pd.DataFrame, base: str = "padding", by: Sequence[str] = ("mo
     are pooled: its rate is the median of theirs, low and high their range. Rates are those of one of the ranks.
     waste_ratio: padding's slots per real token over the arm's own. limit: what dropping the pads can give (`limit`).
 
-    Returns a row an arm with `by`, `rig` (`rig_label`, and the size of its batches where it is not the usual one here),
+    Returns a row an arm with `by`, `rig` (`rig_label`, and how rows are dealt out where that is not as usual here),
     `strategy, kernel, status, runs`, MEASURED (tokens and slots per second,
     bytes, seconds, nats) and RELATIVE; what was not measured is NaN. Rows come model by model and corpus by corpus as
     in the frame, strategies in the order of their table.
@@ -176,7 +179,7 @@ def against(frame: pd.DataFrame, base: str = "padding", by: Sequence[str] = ("mo
         return pd.DataFrame()
     order, per_rank = {name: i for i, name in enumerate(STRATEGIES)}, _ranks(frame)
     rates = {name: frame[name] / per_rank for name in RATES if name in frame}
-    labels = ["+".join(filter(None, parts)) for parts in zip(rigs(frame), _batches(frame))]
+    labels = ["+".join(filter(None, parts)) for parts in zip(rigs(frame), _dealt(frame))]
     frame = frame.assign(rig=labels, **rates)
     frame = frame.sort_values("strategy", key=lambda names: names.map(order), kind="stable")
     rows = []

@@ -136,6 +136,15 @@ def test_each_size_of_batches_has_its_own_padding_and_its_name_says_so():
     assert set(shown.loc[shown["real tokens/s"].isin(["50", "51"]), "model"]) == {"tiny-llama (batches of 1 × 2)"}
 
 
+def test_ranks_that_are_not_balanced_are_another_arm():
+    two = {"world_size": 2}
+    runs = [row(rate=100, **two), row(rate=90, **two, balance=False), row(rate=104, **two, balance=True)]
+    table = tables.against(pd.DataFrame(runs)).set_index("rig")
+    assert table["runs"].to_dict() == {"ranks=2": 2, "ranks=2+unbalanced": 1}, "older records were balanced"
+    assert "ranks not balanced" in tables.display_table(table.reset_index())["model"].iloc[1]
+    assert len(tables.one_setting(pd.DataFrame(runs))) == 2
+
+
 def test_padding_on_packlibs_attention_is_the_baseline_whatever_was_measured_first():
     found = arms(row(kernel="maskless_sdpa", rate=50), row(rate=100), row("minibatch_packing", rate=150))
     assert found.loc[("pydocs", "minibatch_packing", "auto"), "speed_up"] == 1.5

@@ -154,6 +154,7 @@ class RunSpec:
     layers: toy depth instead of the published one.
     generate_examples: evaluation examples whose final answer is generated and compared. eval_context: also evaluate
         every held-out example behind so many training examples of like words (0: not).
+    balance: rows are dealt out so that ranks have equal work, as `Plan.balance` does; else as they come.
     rig: how a step is executed; a mapping of its fields is as good. profile: one more step, of which kernels, launches
         and pauses are counted (on a GPU).
 
@@ -193,6 +194,7 @@ class RunSpec:
     split_rows: bool = False
     layers: int | None = None
     world_size: int = 1
+    balance: bool = True
     rig: Rig = field(default_factory=Rig)
     profile: bool = False
 

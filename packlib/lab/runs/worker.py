@@ -354,7 +354,7 @@ def planned(spec: RunSpec, strategy: Strategy, corpus: Corpus) -> tuple[Dataset,
             )
         plan, steps = plans.constant_examples(plan, spec.examples_per_step, seed=spec.seed, split_rows=spec.split_rows)
         plan = replace(plan, row_splits=plan.row_splits[steps], max_tokens=None)
-    if spec.world_size > 1:
+    if spec.world_size > 1 and spec.balance:
         plan = plan.balance(spec.world_size, seed=spec.seed)
     report = plan.report(corpus.lengths, strategy.layout).to_dict()
     report["lost_tokens"] += corpus.lost_tokens

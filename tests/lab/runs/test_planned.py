@@ -68,3 +68,14 @@ def test_a_strategy_that_cuts_gets_long_examples_whole(strategy):
 def test_longaligns_denominator_is_the_mean_of_a_step():
     rows, report, _ = planned(strategy="multipack_posid", batch_size=1, weighting="longalign")
     assert report["labelled_examples_per_step"] == pytest.approx(50 / len(rows))
+
+
+def test_ranks_have_equal_work_unless_rows_shall_come_as_they_are():
+    def uneven(**changes):
+        rows, *_ = planned(strategy="minibatch_packing", gradient_accumulation=1, **changes)
+        work = np.array([sum(n * n for n in row) for row in rows])
+        pairs = work[: len(work) // 2 * 2].reshape(-1, 2)
+        return float(np.abs(pairs[:, 0] - pairs[:, 1]).mean()), sorted(map(tuple, rows))
+
+    (balanced, rows), (dealt, same) = uneven(world_size=2), uneven(world_size=2, balance=False)
+    assert rows == same and balanced < dealt == uneven()[0]

@@ -79,10 +79,13 @@ def test_dry_run_of_the_papers_machine(tmp_path):
     sizes = {name: parameters[name] for name in ("batch_size", "gradient_accumulation")}
     toy = {"dtype": "float32", "layers": 1, "limit": 96, "tokenizer": "bpe:512", "warmup_steps": 1, "world_size": 2}
     base = RunSpec(**sizes, max_tokens=128, steps=2, **parameters["options"] | toy)
-    paper, ours, *_ = [{}, *parameters["further"]]
-    specs = throughput.table_2_specs(base, ["tiny-llama"], ["arithmetic"], parameters["strategies"], [paper])
+    specs = throughput.table_2_specs(base, ["tiny-llama"], ["arithmetic"], parameters["strategies"])
     specs = [spec for spec in specs if not spec.strategy.startswith("trl_")][:3]
-    specs.append(replace(specs[-1], rig=replace(base.rig, **ours["rig"] | {"compile": "none", "recompute": "none"})))
+    (uneven,) = (entry for entry in parameters["further"] if entry.get("balance") is False)
+    on_a_cpu = {"compile": "none", "recompute": "none", "pad_to": 0, "lean": False}
+    for entry in (parameters["further"][0], uneven):
+        rig = replace(base.rig, **entry["rig"] | on_a_cpu)
+        specs.append(replace(specs[2], rig=rig, balance=entry.get("balance", True)))
     found = experiment.run(specs, records.run_folder(tmp_path))
     assert [record["error"] for record in found] == [None] * len(specs)
     for record in found:
