@@ -67,8 +67,10 @@ def execute(spec: RunSpec, run_id: str, folder: Path, progress: Callable[[str], 
         full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
         reason = f"{type(error).__name__}: {str(error)[:500]}"
         record = records.unfinished(run_id, asdict(spec), "oom" if full else "failed", reason)
-        if not full:
+        if first and not full:
             progress("".join(traceback.format_exception(error)[-6:]))
+        elif not full:  # ranks share what carries progress, and would write over each other
+            traceback.print_exception(error)
     else:
         if not first:
             return True

@@ -419,12 +419,13 @@ def test_a_rank_that_fails_ends_the_others(tmp_path, monkeypatch):
     assert time.monotonic() - started < 50
 
 
-def test_the_rank_that_fails_leaves_the_reason(tmp_path, monkeypatch):
+def test_the_rank_that_fails_leaves_the_reason(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    said = []
+    said: list[str] = []
     assert not worker.execute(replace(BASE, corpus="nowhere.jsonl", world_size=2), "x", tmp_path, said.append)
     record = records.read_record(tmp_path, "x")
-    assert record["status"] == "failed" and "nowhere.jsonl" in record["error"] and said
+    assert record["status"] == "failed" and "nowhere.jsonl" in record["error"]
+    assert "nowhere.jsonl" in capsys.readouterr().err and said == []
     assert not worker.execute(replace(BASE, corpus="elsewhere.jsonl", world_size=2), "x", tmp_path, said.append)
     assert records.read_record(tmp_path, "x") == record, "the first reason stays"
 
