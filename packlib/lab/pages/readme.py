@@ -122,8 +122,12 @@ def headline(frame: pd.DataFrame, run: str) -> str:
     gap = _largest_gap(used, records.read_records(records.run_folder(run, create=False)))
     parity = f"Arms that get the same mini-batches agree in training loss to {gap:.3f} nats at every step."
     table = _headline(frame).assign(fill=np.nan)
-    doubted = "".join(f"\n\n> [!CAUTION]\n> 🔴 **{doubt}**" for doubt in doubts.doubts(frame))
-    return f"{_markdown(table)}\n\n{where}. {parity}{doubted}"
+    return f"{_markdown(table)}\n\n{where}. {parity}{_cautions(frame)}"
+
+
+def _cautions(frame: pd.DataFrame) -> str:
+    """What takes a run's rankings back, in red; else nothing."""
+    return "".join(f"\n\n> [!CAUTION]\n> 🔴 **{doubt}**" for doubt in doubts.doubts(frame))
 
 
 def _largest_gap(used: pd.DataFrame, found: Iterable[Mapping[str, Any]]) -> float:
@@ -214,8 +218,7 @@ def ranks(frame: pd.DataFrame, run: str) -> str:
         f"{NAME} on {_devices(used)}, attention by {kernels}; the host launches a kernel in {launch.min():.0f} to "
         f"{launch.max():.0f} µs."
     )
-    doubted = "".join(f"\n\n> [!CAUTION]\n> 🔴 **{doubt}**" for doubt in doubts.doubts(used))
-    return f"{tables.markdown(pd.DataFrame(columns))}\n\n{said}{doubted}"
+    return f"{tables.markdown(pd.DataFrame(columns))}\n\n{said}{_cautions(used)}"
 
 
 BLOCKS = {function.__name__: function for function in (claim, headline, figure, climb, ranks, arms, models, losses)}

@@ -326,7 +326,7 @@ class LabTrainer(SFTTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         if self._replicas:
-            average_over_ranks([p.grad for p in self.model.parameters() if p.grad is not None])
+            average_over_ranks([p for p in self.model.parameters() if p.requires_grad])
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         norm = (
             optimizer.fold_clip(MAX_GRAD_NORM) if isinstance(optimizer, LeanAdamW) else super()._clip_grad_norm(model)
@@ -336,8 +336,15 @@ class LabTrainer(SFTTrainer):
         return norm
 
 
-def average_over_ranks(gradients: list[Tensor]) -> None:
-    """Each of them becomes its mean over all ranks, in place; the same list on every rank. Waits on the device only."""
+def average_over_ranks(parameters: list[nn.Parameter]) -> None:
+    """The gradient of each becomes its mean over all ranks, in place; one that a rank has none of counts as zero there.
+
+    The same parameters in the same order on every rank. Waits on the device only.
+    """
+    for parameter in parameters:  # an expert that got no token on this rank alone, say
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     mean = gradients[0].is_cuda  # NCCL has it, gloo has not
     if not mean:
         torch._foreach_div_(gradients, dist.get_world_size())

@@ -178,14 +178,14 @@ class Cost:
 
 
 def read_arms(runs: Sequence[Record], lengths: Lengths) -> list[Arm]:
-    """Finished runs of STRATEGIES on two ranks whose lengths are known and that had their devices alone.
+    """Finished runs of STRATEGIES on two balanced ranks whose lengths are known and that had their devices alone.
 
     Raises `ValueError` where a record was planned on other lengths than these.
     """
     arms = []
     for run in runs:
         spec, metrics = RunSpec(**run["spec"]), run["metrics"]
-        known = spec.world_size == FROM and spec.strategy in STRATEGIES and spec.corpus in lengths
+        known = spec.world_size == FROM and spec.balance and spec.strategy in STRATEGIES and spec.corpus in lengths
         if not (known and run["status"] == "ok" and had_device_alone(run)):
             continue
         seconds, rates = np.diff(run["trace"]["seconds"], prepend=0), (metrics[name] for name in RATES)

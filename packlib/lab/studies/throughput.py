@@ -120,12 +120,12 @@ def both_baselines(frame: pd.DataFrame) -> pd.DataFrame:
     if not len(ranks):
         return ranks.assign(over_sdpa=[])
     place = ["model", "rig", "corpus"]
-    weak = ranks[(ranks["strategy"] == PAIR[0]) & (ranks["kernel"] == "maskless_sdpa")].set_index(place)["tokens_per_s"]
-    base = [weak.get(key, math.nan) for key in ranks[place].itertuples(index=False, name=None)]
-    strong = ranks.groupby(place)["kernel"].transform(
-        lambda kernels: "auto" in set(kernels[ranks["strategy"] == PAIR[0]])
-    )
-    return ranks.assign(over_sdpa=ranks["tokens_per_s"] / base, speed_up=ranks["speed_up"].where(strong))
+    padded = ranks[ranks["strategy"] == PAIR[0]]
+    sdpa = padded[padded["kernel"] == "maskless_sdpa"].set_index(place)["tokens_per_s"]
+    varlen = set(padded.loc[padded["kernel"] == "auto", place].itertuples(index=False, name=None))
+    places = list(ranks[place].itertuples(index=False, name=None))
+    over_sdpa = ranks["tokens_per_s"] / [sdpa.get(key, math.nan) for key in places]
+    return ranks.assign(over_sdpa=over_sdpa, speed_up=ranks["speed_up"].where([key in varlen for key in places]))
 
 
 def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:

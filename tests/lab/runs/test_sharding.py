@@ -61,8 +61,8 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, alone):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rig",
-    [{}, {"shard": True, "fused_loss": True}, {"graphs": True, "fused_loss": True, "pad_to": 1}],
-    ids=["DDP", "fused loss", "graphs"],
+    [{}, {"shard": True, "fused_loss": True}, {"graphs": True, "fused_loss": True, "pad_to": 1}, {"lean": True}],
+    ids=["DDP", "fused loss", "graphs", "lean"],
 )
 def test_other_rigs_on_two_ranks(tmp_path, alone, rig):
     (first, second), ended = on_two_ranks(tmp_path, rig)
