@@ -100,14 +100,18 @@ def rigs(frame: pd.DataFrame) -> pd.Series:
 
 
 def _dealt(frame: pd.DataFrame) -> list[str]:
-    """Parts of `rig_label` for runs whose batches are not of the size that most here have, or that are not balanced."""
-    names, parts = ["batch_size", "gradient_accumulation"], [""] * len(frame)
-    if len(frame) and set(names) <= set(frame):
-        sizes = [f"{batch:.0f} × {micro_batches:.0f}" for batch, micro_batches in frame[names].itertuples(index=False)]
-        usual = max(sizes, key=sizes.count)
-        parts = ["" if size == usual else f"batch={size}" for size in sizes]
+    """Parts of `rig_label` for runs whose rows are not of the size that most have here, or that are not balanced."""
+    found: list[list[str]] = [[] for _ in range(len(frame))]
+    for name, columns in {"batch": ["batch_size", "gradient_accumulation"], "max_tokens": ["max_tokens"]}.items():
+        if set(columns) <= set(frame):
+            sizes = [
+                " × ".join(f"{value:.0f}" for value in values) for values in frame[columns].itertuples(index=False)
+            ]
+            usual = max(sizes, key=sizes.count, default="")
+            for parts, size in zip(found, sizes):
+                parts += [] if size == usual else [f"{name}={size}"]
     balance = frame.get("balance", pd.Series(True, index=frame.index)).fillna(True).astype(bool)
-    return ["+".join(filter(None, (part, "" if even else "unbalanced"))) for part, even in zip(parts, balance)]
+    return ["+".join([*parts, *([] if even else ["unbalanced"])]) for parts, even in zip(found, balance)]
 
 
 def _ranks(frame: pd.DataFrame) -> pd.Series:
@@ -131,7 +135,8 @@ def named_models(models: Iterable[str], rigs: Iterable[str]) -> list[str]:
 def _in_words(part: str) -> str:
     """A part of `rig_label` as readers know it."""
     name, _, value = part.partition("=")
-    own = {"ranks": f"{value} ranks", "batch": f"batches of {value}", "unbalanced": "ranks not balanced"}
+    own = {"ranks": f"{value} ranks", "batch": f"batches of {value}", "max_tokens": f"at most {value} tokens"}
+    own |= {"unbalanced": "ranks not balanced"}
     return own.get(name) or in_words(name, value)
 
 

@@ -145,6 +145,13 @@ def test_ranks_that_are_not_balanced_are_another_arm():
     assert len(tables.one_setting(pd.DataFrame(runs))) == 2
 
 
+def test_longer_rows_are_no_repeats_of_shorter_ones():
+    usual, long = ([row(max_tokens=n), row("multipack_posid", rate=n / 4, max_tokens=n)] for n in (1024, 4096))
+    table = tables.against(pd.DataFrame([*usual, *long]))
+    assert table["runs"].tolist() == [1] * 4 and set(table["rig"]) == {"", "max_tokens=4096"}
+    assert "(at most 4096 tokens)" in tables.display_table(table)["model"].iloc[-1]
+
+
 def test_padding_on_packlibs_attention_is_the_baseline_whatever_was_measured_first():
     found = arms(row(kernel="maskless_sdpa", rate=50), row(rate=100), row("minibatch_packing", rate=150))
     assert found.loc[("pydocs", "minibatch_packing", "auto"), "speed_up"] == 1.5

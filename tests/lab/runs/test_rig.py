@@ -7,6 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from functorch.compile import min_cut_rematerialization_partition, nop
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -141,6 +142,17 @@ def test_the_lean_optimiser_takes_the_steps_of_adamw(max_norm):
     unclipped = torch.nn.Parameter(torch.ones(7))
     unclipped.grad = torch.full((7,), 10.0)
     assert not torch.allclose(unclipped, ours[1])
+
+
+def test_a_gradient_that_a_rank_has_none_of_is_zero_in_the_mean():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        used, unused = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        used.grad = torch.tensor([1.0, 2.0, 3.0])
+        rig.average_over_ranks([used, unused])
+    finally:
+        dist.destroy_process_group()
+    assert used.grad.tolist() == [1, 2, 3] and unused.grad.tolist() == [0, 0, 0]
 
 
 def test_pads_make_the_shapes_of_batches_repeat():
