@@ -223,9 +223,12 @@ def test_graphs_leave_the_gradients_of_eager_micro_batches(add):
             torch._foreach_zero_([p.grad for p in trained])
 
 
-@pytest.mark.parametrize(("float8", "allowed"), [(False, 0.05), (True, 0.3)], ids=["bfloat16", "float8"])
-def test_a_budget_leaves_the_gradients_of_eager_layers(float8, allowed, monkeypatch):
-    """Every parameter's gradient, not their norm alone: with attention's output kept, float8's were wrong (LOG.md)."""
+@pytest.mark.parametrize("float8", [False, True], ids=["bfloat16", "float8"])
+def test_a_budget_leaves_the_gradients_of_what_keeps_everything(float8, monkeypatch):
+    """Every parameter's gradient, not their norm alone: with attention's output kept, float8's were wrong (LOG.md).
+
+    float8's own rounding moves the gradients of attention's queries by 0.4 of their norm, budget or not.
+    """
     monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no processes that outlive the test
     if float8:
         pytest.importorskip("torchao")
@@ -236,12 +239,11 @@ def test_a_budget_leaves_the_gradients_of_eager_layers(float8, allowed, monkeypa
     found = []
     torch._dynamo.reset()
     with torch._functorch.config.patch(activation_memory_budget=1.0):
-        for how in (None, Rig(compile="layers", recompute=0.2, float8=float8)):
+        for recompute in ("none", 0.2):
             model = models.build_model("mistral-7b", attn_implementation=register_attention("auto"), **options).train()
-            if how:
-                rig.prepare(model, how, one_shape=True)
+            rig.prepare(model, Rig(compile="layers", recompute=recompute, float8=float8), one_shape=True)
             model(**batch, use_cache=False).loss.backward()
             found.append({name: p.grad.float() for name, p in model.named_parameters()})
     torch._inductor.config.joint_custom_pre_pass = None
-    apart = {name: float((found[1][name] - eager).norm() / eager.norm()) for name, eager in found[0].items()}
-    assert max(apart.values()) <= allowed, {name: value for name, value in apart.items() if value > allowed}
+    apart = {name: float((found[1][name] - kept).norm() / kept.norm()) for name, kept in found[0].items()}
+    assert max(apart.values()) <= 0.05, {name: value for name, value in apart.items() if value > 0.05}

@@ -197,6 +197,9 @@ def fixed_length(
 ) -> Plan:
     """FixedLengthPacking: one stream of all examples, cut every `max_tokens` tokens, whatever that breaks. O(n).
 
+    Rows come in the order of the stream, so an example of many rows fills whole steps alone. `atom_size=max_tokens`
+    shuffles the rows.
+
     Args:
         max_tokens: tokens of a row; the last one has those that remain.
         atom_size: the unit in which the stream is shuffled before it is cut into rows, in tokens (2408.09621: best at

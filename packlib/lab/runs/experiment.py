@@ -61,10 +61,10 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
     progress: called with a line when an arm starts and ends, and every few seconds in between. Runs in the given order,
     each in its own processes (one a rank), one after another, or `$PACKLIB_CONCURRENT_RUNS` at a time, on all GPUs in
     turn: for losses, as their times do not count then. After `$PACKLIB_UNTIL`, or when the longest arm so far would not
-    end before it, no further arm is started and `OutOfTime` is raised: the next call goes on. A `failed` record is kept
-    under `superseded/` and its run tried again. Raises `FileNotFoundError` for a corpus that is not here, before any
-    arm starts, `ValueError` for several ranks where several runs share the device, and `SweepFailed` where several arms
-    all failed, each reason once.
+    end before it, no further arm is started and `OutOfTime` is raised: the next call goes on. A `failed` record, or one
+    of a run that found no memory beside others, is kept under `superseded/` and its run tried again. Raises
+    `FileNotFoundError` for a corpus that is not here, before any arm starts, `ValueError` for several ranks where
+    several runs share the device, and `SweepFailed` where several arms all failed, each reason once.
     """
     specs = list(specs)
     if records.concurrent_runs() > 1 and any(spec.world_size > 1 for spec in specs):
@@ -74,7 +74,7 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
     # 1. What has a record, and what is left to run.
     for i, spec in enumerate(specs):
         record = records.find_record(folder, spec.spec_id, contents[spec.corpus, spec.tokenizer])
-        if record and record["status"] != "failed":
+        if record and not _tried_again(record):
             found[i] = record
         elif contents[spec.corpus, spec.tokenizer] is None:
             before = f"{spec.strategy} failed on it before" if record else f"{spec.strategy} has no record on it"
@@ -117,6 +117,11 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
         reasons = dict.fromkeys(str(record["error"]) for record in done)
         raise SweepFailed(f"all {len(done)} arms failed: {'; '.join(reasons)}")
     return done
+
+
+def _tried_again(record: dict[str, Any]) -> bool:
+    """Whether the next run may end otherwise: this one failed, or had to share the memory that it lacked."""
+    return record["status"] == "failed" or (record["status"] == "oom" and not records.had_device_alone(record))
 
 
 def _at_once(one: Callable[[int], None], left: list[int], stop: threading.Event) -> None:

@@ -1,6 +1,7 @@
-"""What cutting does to a model trained from scratch: five ways to bring long examples into rows of one length.
+"""What cutting does to a model trained from scratch: six ways to bring long examples into rows of one length.
 
-All arms take the same steps over as many tokens. They differ in where examples are cut (anywhere, every `max_tokens`
+All arms take the same steps over as many tokens, in shuffled rows; one leaves the rows of a stream as they come, so
+that a long example fills whole steps alone. They differ in where examples are cut (anywhere, every `max_tokens`
 from their beginning, once), in what is lost (nothing, all behind the first row, what a crop leaves over) and in whether
 a row begins with an example. Held-out examples are scored from their beginning, by position; what lies behind the first
 `max_tokens` is scored as pieces of its own.
@@ -31,8 +32,10 @@ from packlib.lab.studies.convergence import (
 
 OWN = {"rows_per_step", "seeds"}
 RANDOM, CROP = "random_packing_posid", "best_fit_crop_posid"
+CUT, AS_THEY_COME = "cut anywhere", "cut anywhere, rows as they come"
 WAYS = {  # strategy, how overlong examples are handed to it, and what it is called
-    "cut anywhere": (POSID, "cut"),
+    CUT: (POSID, "cut"),
+    AS_THEY_COME: (POSID, "cut"),
     "split, random rows": (RANDOM, "split"),
     "split, best fit": (MULTIPACK, "split"),
     "truncated, best fit": (MULTIPACK, "truncate"),
@@ -60,9 +63,10 @@ def arms(settings: Sequence[Mapping[str, Any]], **shared: Any) -> list[Arm]:
         base, own = read_setting(setting, OWN, OWN | {"corpus", "steps"}, **shared)
         rows = replace(base, batch_size=own["rows_per_step"], gradient_accumulation=1, eval_every=base.steps)
         found += [
-            Arm(strategy, variant, replace(rows, strategy=strategy, overflow=overflow, seed=seed))
+            Arm(strategy, variant, replace(rows, strategy=strategy, overflow=overflow, seed=seed, atom_size=atom))
             for seed in own["seeds"]
             for variant, (strategy, overflow) in WAYS.items()
+            for atom in [base.max_tokens if variant == CUT else None]  # rows are what is shuffled
         ]
     return found
 
@@ -115,7 +119,7 @@ def position_curves(table: pd.DataFrame, corpus: str) -> Picture:
     for arm, runs in table[table["arm"] != BASE].groupby("arm", sort=False):
         gap = (runs.set_index(["seed", "position"])["loss"] - base).dropna().groupby("position")
         color, _, marker = figures.style(runs["strategy"].iloc[0])
-        dashes = "--" if "truncated" in arm else "-"
+        dashes = "--" if "truncated" in arm or arm == AS_THEY_COME else "-"
         ax.plot(gap.mean().index, gap.mean(), color=color, marker=marker, linestyle=dashes, label=arm)
         ax.fill_between(gap.mean().index, gap.min(), gap.max(), color=color, alpha=0.12, linewidth=0)
     ax.axhline(0, color="black", linewidth=1)

@@ -188,6 +188,8 @@ def _findings(found: pd.DataFrame, corpus: str) -> list[str]:
 def _verdict(row: Mapping[str, Any]) -> str:
     took = f"“{row['label']}” takes {row['share']:.0%} of the gap away ({row['taken']:+z.4f} nats, "
     took += f"95 % interval {row['taken_low']:+z.4f} to {row['taken_high']:+z.4f}); left: {tell(row)}"
+    if row["taken_low"] > 0 and row["high"] < 0:
+        return f"{took}: it turns the gap around, so it changes more than the cause."
     if row["taken_low"] > 0:
         return f"{took}: {'it is the cause' if row['share'] >= NAMED else 'a part of the cause'}."
     if row["taken_high"] < 0:

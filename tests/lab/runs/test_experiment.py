@@ -337,6 +337,18 @@ def test_a_failed_run_is_tried_again_and_its_record_kept(tmp_path, monkeypatch):
     assert len(records.read_records(folder)) == 1
 
 
+def test_a_run_that_found_no_memory_beside_others_is_tried_again(tmp_path, monkeypatch):
+    """Alone it may fit; what ran out of memory alone is not tried again (above)."""
+    folder = records.run_folder(tmp_path)
+    for beside, status, tried in (("2", "oom", 1), ("1", "oom", 1), ("1", "oom", 0), ("2", "oom", 0)):
+        run_one = fake_run(status)
+        monkeypatch.setattr(experiment, "_run_one", run_one)
+        monkeypatch.setenv(records.CONCURRENT, beside)
+        assert experiment.run([BASE], folder)[0]["status"] == status
+        assert len(run_one.ran) == tried, (beside, tried)
+    assert len(list(folder.glob("superseded/*.json"))) == 1
+
+
 class Clock:
     """Stands in for the module `time`."""
 

@@ -3,9 +3,11 @@
 import math
 import re
 
+import numpy as np
 import pytest
 
 from packlib.lab import records
+from packlib.lab.strategies import get_strategy, plan_for
 from packlib.lab.studies import convergence, cutting, neighbours
 from packlib.lab.studies.convergence import FIXED, POSID
 from tests.lab.studies import made_records
@@ -90,9 +92,9 @@ def cut(tmp_path):
 def test_what_is_lost_and_every_token_are_weighed(cut):
     table = cutting.overview(cut[0])
     assert list(table.index) == list(cutting.WAYS)
-    assert table["lost"].tolist() == [0, 0, 0, 0.5, 0] and table["tokens"].eq(8192).all()
+    assert table["lost"].tolist() == [0, 0, 0, 0, 0.5, 0] and table["tokens"].eq(8192).all()
     # Seeds 0 to 2 have a mean of 1: 300 first tokens of 3 + early, 100 behind of 4 or 5.
-    assert table["every token"].tolist() == pytest.approx([3.4, 3.25, 3.25, 3.425, 3.25], abs=2e-3)
+    assert table["every token"].tolist() == pytest.approx([3.4, 3.25, 3.25, 3.25, 3.425, 3.25], abs=2e-3)
     said = cutting.findings(cut[0])
     assert [line.split(":")[0] for line in said] == [f"pysource, {name}" for name in cutting.VALUES]
     assert "“truncated, best fit” has the lowest loss" in said[1] and "cut anywhere +0." in said[1]
@@ -118,3 +120,16 @@ def test_what_overflows_is_handed_over_as_the_way_says():
     assert {(spec.steps, spec.batch_size, spec.max_tokens) for spec in ways.values()} == {(8, 4, 256)}
     assert ways["cut anywhere"].corpus_options["max_tokens"] is None
     assert ways["split, best fit"].corpus_options["max_tokens"] == 256
+
+
+def test_shuffled_rows_do_not_fill_a_step_with_one_example():
+    """Both cut the same stream anywhere; examples of ten rows, four rows a step."""
+    ways = {arm.variant: arm.spec for arm in cutting.arms([LONG | {"seeds": [0]}])}
+    distinct = {}
+    for way in (cutting.CUT, cutting.AS_THEY_COME):
+        own = {} if ways[way].atom_size is None else {"atom_size": ways[way].atom_size}
+        lengths = [10 * ways[way].max_tokens] * 12
+        plan = plan_for(get_strategy(ways[way].strategy), lengths, batch_size=4, max_tokens=256, seed=0, **own)
+        assert len(plan) == 120
+        distinct[way] = np.mean([len(set(step)) for step in plan.example.reshape(30, 4)])
+    assert distinct[cutting.AS_THEY_COME] < 2 and distinct[cutting.CUT] > 3

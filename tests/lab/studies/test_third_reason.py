@@ -62,6 +62,15 @@ def test_a_cause_is_what_takes_the_gap_away(measured):
     assert len(figure.axes[0].get_yticklabels()) == 2 * len(third_reason.SUSPECTS)
 
 
+def test_an_arm_below_mini_batches_is_no_cause(measured):
+    """It takes more than the gap away, for a reason of its own."""
+    lower = measured["arm"] == convergence.arm_label("multipack_posid", convergence.EXACT)
+    found = measured.assign(per_token=measured["per_token"].where(~lower, measured["per_token"] - 0.2))
+    (said,) = [line for line in third_reason.findings(found) if "per token: “Sorted rows, constant" in line]
+    assert said.endswith(": it turns the gap around, so it changes more than the cause.")
+    assert "it turns the gap around" not in "\n".join(third_reason.findings(measured)), "the negative control"
+
+
 def test_without_a_gap_no_cause_is_named(measured):
     """The negative control: the same losses for sorted rows as for mini-batches, and a single seed."""
     level = measured.copy()
