@@ -100,7 +100,10 @@ def rigs(frame: pd.DataFrame) -> pd.Series:
 
 
 def _dealt(frame: pd.DataFrame) -> list[str]:
-    """Parts of `rig_label` for runs whose rows are not of the size that most have here, or that are not balanced."""
+    """Parts of `rig_label` for runs that are not what most are here: in the size of their rows, or in OF_MODEL.
+
+    Also for those that are not balanced.
+    """
     found: list[list[str]] = [[] for _ in range(len(frame))]
     for name, columns in {"batch": ["batch_size", "gradient_accumulation"], "max_tokens": ["max_tokens"]}.items():
         if set(columns) <= set(frame):
@@ -110,8 +113,21 @@ def _dealt(frame: pd.DataFrame) -> list[str]:
             usual = max(sizes, key=sizes.count, default="")
             for parts, size in zip(found, sizes):
                 parts += [] if size == usual else [f"{name}={size}"]
+    models = list(frame["model"])
+    for name in (name for name in OF_MODEL if name in frame):
+        values = [None if pd.isna(value) else value for value in frame[name]]
+        values = [int(value) if isinstance(value, float) else value for value in values]  # of a column that has gaps
+        of_model: dict[str, list[Any]] = {}
+        for model, value in zip(models, values):
+            of_model.setdefault(model, []).append(value)
+        for parts, model, value in zip(found, models, values):
+            usual = max(of_model[model], key=of_model[model].count)
+            parts += [] if value == usual else [f"{name}={value}"]
     balance = frame.get("balance", pd.Series(True, index=frame.index)).fillna(True).astype(bool)
     return ["+".join([*parts, *([] if even else ["unbalanced"])]) for parts, even in zip(found, balance)]
+
+
+OF_MODEL = "dtype", "layers", "order", "weighting"  # fields of RunSpec: another one is no repeat of an arm
 
 
 def _ranks(frame: pd.DataFrame) -> pd.Series:
@@ -136,7 +152,8 @@ def _in_words(part: str) -> str:
     """A part of `rig_label` as readers know it."""
     name, _, value = part.partition("=")
     own = {"ranks": f"{value} ranks", "batch": f"batches of {value}", "max_tokens": f"at most {value} tokens"}
-    own |= {"unbalanced": "ranks not balanced"}
+    own |= {"unbalanced": "ranks not balanced", "dtype": value, "weighting": f"loss {value}"}
+    own |= {"layers": "all layers" if value == "None" else f"{value} layers", "order": f"rows {value}"}
     return own.get(name) or in_words(name, value)
 
 

@@ -152,6 +152,20 @@ def test_longer_rows_are_no_repeats_of_shorter_ones():
     assert "(at most 4096 tokens)" in tables.display_table(table)["model"].iloc[-1]
 
 
+def test_another_precision_or_depth_is_no_repeat():
+    usual, half = ([row(**own), row("multipack_posid", 200, **own)] for own in ({"dtype": "float32", "layers": 2},) * 2)
+    for one in half:
+        one |= {"dtype": "bfloat16", "rate": 1}
+    half[0]["metrics.tokens_per_s.mean"] = 400
+    deep = [row(rate=10, dtype="float32", layers=None)]
+    table = tables.against(pd.DataFrame([*usual, *usual, *half, *deep]))
+    assert table["rig"].tolist() == ["", "", "dtype=bfloat16", "dtype=bfloat16", "layers=None"]
+    assert table["runs"].tolist() == [2, 2, 1, 1, 1]
+    assert table["speed_up"].tolist() == [1, 2, 1, 0.5, 1], "each against padding of its own"
+    shown = tables.display_table(table)["model"].tolist()
+    assert shown[2:] == ["tiny-llama (bfloat16)"] * 2 + ["tiny-llama (all layers)"]
+
+
 def test_padding_on_packlibs_attention_is_the_baseline_whatever_was_measured_first():
     found = arms(row(kernel="maskless_sdpa", rate=50), row(rate=100), row("minibatch_packing", rate=150))
     assert found.loc[("pydocs", "minibatch_packing", "auto"), "speed_up"] == 1.5

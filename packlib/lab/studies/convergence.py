@@ -299,6 +299,7 @@ class Cause(NamedTuple):
 PADDING = ("padding", "")
 TOO_FEW = ("put fewer rows into a step", "there were steps to spare here")
 REMAINS = ("this much remains of packing itself", "pack them")
+STEPS_TOO = ("steps differ, too: see equal steps", "pack them")
 LEAKS = ("always pass boundaries", "boundaries are free")
 BROKEN = ("pack whole examples", "examples may be cut here")
 SAME = ("find the bug first", "use it instead of padding")
@@ -309,7 +310,7 @@ CAUSES = [
     Cause("Fewer steps, fixed length", (POSID, EPOCHS), (POSID, STEPS), TOO_FEW),
     Cause("Fewer steps, multipack", (MULTIPACK, EPOCHS), (MULTIPACK, STEPS), TOO_FEW),
     Cause("Packing whole examples, equal steps", (MULTIPACK, STEPS), PADDING, REMAINS),
-    Cause("Packing whole examples, constant examples", (MULTIPACK, EXAMPLES), PADDING, REMAINS),
+    Cause("Packing whole examples, constant examples", (MULTIPACK, EXAMPLES), PADDING, STEPS_TOO),
     Cause("Packing whole examples, exactly constant examples", (MULTIPACK, EXACT), PADDING, REMAINS),
 ]
 
@@ -571,24 +572,37 @@ def arm_forest(table: pd.DataFrame, corpus: str) -> Picture:
 
 def best_rate(found: pd.DataFrame) -> str | None:
     """Which learning rate serves multipack's fewer steps best, in a sentence; None where they were not measured."""
-    loss = found[(found["strategy"] == MULTIPACK) & (found["status"] == "ok")].groupby("variant")["per_token"].mean()
+    packed = found[(found["strategy"] == MULTIPACK) & (found["status"] == "ok")]
+    loss = packed.groupby("variant")["per_token"].mean()
     few = loss[loss.index.str.startswith(EPOCHS)]
     if len(few) < 2 or not {EPOCHS, STEPS} <= set(loss.index):
         return None
-    won = (few[EPOCHS] - few.min()) / (few[EPOCHS] - loss[STEPS])
-    said = f"With fewer steps, “{few.idxmin()}” is the best learning rate tried: "
-    return f"{said}it wins back {won:.0%} of what fewer steps cost multipack."
+    if few.idxmin() == EPOCHS:
+        return "With fewer steps, no learning rate tried is better than the one for many."
+    table = differences(packed, arm_label(MULTIPACK, EPOCHS)).set_index("label")
+    won, lost = (table.loc[arm_label(MULTIPACK, variant)] for variant in (few.idxmin(), STEPS))
+    said = f"With fewer steps, “{few.idxmin()}” is the best learning rate tried, {tell(won)}"
+    if not won["high"] < 0:
+        return f"{said}: undecided."
+    if not lost["high"] < 0:
+        return f"{said}; what fewer steps cost is undecided."
+    return f"{said}: it wins back {won['difference'] / lost['difference']:.0%} of what fewer steps cost multipack."
 
 
 def best_atoms(found: pd.DataFrame, corpus: str) -> str:
-    """Which size of atoms is best on a corpus, and how the others differ from one row (`atoms_table`)."""
-    loss = found.groupby("size")["per_token"].mean()
+    """Which size of atoms is best on a corpus, and how the others differ from one row (`atoms_table`).
+
+    Undecided, where the interval of a difference to the best holds 0.
+    """
+    loss = found.groupby("size")["per_token"].mean().sort_values()
     row = arm_label(FIXED, f"{OF_ATOMS}1 row")
     told = [
         f"{other['label'].split(OF_ATOMS)[1]} {tell(other)}" for other in differences(found, row).to_dict("records")
     ]
-    best = f"{corpus}: {OF_ATOMS}{loss.idxmin()} give the lowest loss ({loss.min():.4f} nats)"
-    return f"{best}; against 1 row: {'; '.join(told)}."
+    best = f"{corpus}: {OF_ATOMS}{loss.index[0]} give the lowest loss ({loss.min():.4f} nats)"
+    others = differences(found, arm_label(FIXED, f"{OF_ATOMS}{loss.index[0]}"))
+    undecided = "" if (others["low"] > 0).all() else "; undecided"
+    return f"{best}; against 1 row: {'; '.join(told)}{undecided}."
 
 
 def findings(found: pd.DataFrame, gaps: Mapping[str, float]) -> list[str]:

@@ -156,7 +156,13 @@ def test_causes_are_paired_by_seed(measured):
     assert table.loc["Fewer steps, fixed length", "difference"] == pytest.approx(0.9, abs=0.02)
     assert "undecided" in table.loc["Flattening the same mini-batches", "advice"]
     assert abs(table.loc["Packing whole examples, constant examples", "standard_errors"]) < 4
-    assert "lr × √4” is the best learning rate tried: it wins back 6" in convergence.best_rate(found)
+    assert "lr × √4” is the best learning rate tried, -" in convergence.best_rate(found)
+    assert ": it wins back 6" in convergence.best_rate(found)
+    one_seed = found[found["seed"] == 0]
+    assert convergence.best_rate(one_seed).endswith(": undecided."), "a seed has no interval"
+    worse = found["variant"].str.startswith(f"{convergence.EPOCHS}, ") & (found["strategy"] == convergence.MULTIPACK)
+    level = found.assign(per_token=found["per_token"] + 5 * worse)
+    assert convergence.best_rate(level).endswith("no learning rate tried is better than the one for many.")
 
 
 @pytest.mark.parametrize(
