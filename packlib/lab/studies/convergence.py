@@ -514,7 +514,7 @@ def arm_curves(curves: pd.DataFrame, xs: Mapping[str, str], y: str, title: str, 
 def validation_curves(curves: pd.DataFrame, corpus: str) -> Picture:
     """Validation loss against steps, real tokens and seconds, of the arms that differ in what a step holds."""
     xs = {"step": "optimiser steps", "tokens": "real tokens", "seconds": "seconds of training"}
-    title, ylabel = f"{corpus}: one set of runs, three stories", "validation loss (nats per token)"
+    title, ylabel = f"{corpus}: one set of runs, three axes", "validation loss (nats per token)"
     alt = f"Validation loss of padding and packed arms on {corpus} against steps, real tokens and seconds"
     return arm_curves(curves[curves["variant"].isin(SHARES)], xs, "loss", title, ylabel, alt)
 

@@ -2,8 +2,8 @@
 
 `python -m packlib matrix` writes `papermill_runs/isolation/transformers-<version>.json`, for anyone to run again with
 their version of transformers; the heat map is drawn from it. Every cell is one `check_isolation` of a small model built
-from its config. Each is judged in float64 too, where rounding is nine orders of magnitude below a leak: a verdict in
-float32 or bfloat16 that differs from it is a false alarm or a miss, and is counted.
+from its config. Each is judged in float64 too, where rounding is far below a leak: a verdict in float32 or bfloat16
+that differs from it is a false alarm or a miss, and is counted.
 """
 
 from __future__ import annotations

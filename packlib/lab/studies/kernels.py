@@ -1,7 +1,7 @@
 """Attention alone, forward and backward: the same examples padded, packed with a dense mask, FlexAttention, varlen.
 
 What notebook 05 times. Useful work is the same for all: what causal attention inside each example has to compute,
-2 · 2 · H · D multiply-adds for each visible pair forward and 2.5 times that backward. What an arm computes beyond it
+2 · 2 · H · D operations for each visible pair forward and 2.5 times that backward. What an arm computes beyond it
 (pads, masked pairs) or waits for (building masks) lowers its useful FLOP/s. Masks are built once a batch and used in
 every layer, so a step is `mask + layers · attention`.
 """

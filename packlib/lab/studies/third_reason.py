@@ -1,4 +1,4 @@
-"""Why whole examples in full rows lose at equal steps: arms that take one suspected cause away each.
+"""Whether and why whole examples in full rows lose at equal steps: arms that take one suspected cause away each.
 
 Sorted packing (best fit decreasing, multipack) differs from mini-batches in more than its fill: a row holds examples of
 about one length, so that steps are all long or all short (which examples share a step); it holds two of them or thirty

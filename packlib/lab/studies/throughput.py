@@ -262,7 +262,7 @@ def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: Mapping[str, floa
         said.append(f"At {best['batch_size']:.0f} examples a batch, {share}, the most in the curve.")
     if cost["fixed_seconds"] > 0:
         before, each = cost["fixed_seconds"] * 1e3, cost["seconds_per_slot"] * 1e6
-        said.append(f"A step costs {before:.0f} ms before its first slot and {each:.2f} µs per slot.")
+        said.append(f"By the line, a step costs {before:.0f} ms before its first slot and {each:.2f} µs per slot.")
     spread = doubts.repeat_spread(frame[frame["kernel"] == "auto"])
     if pd.notna(spread):
         said.append(f"Repeating an arm moved its median step time by at most {spread:.1%}.")
