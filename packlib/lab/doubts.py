@@ -8,10 +8,13 @@ same cause may sit in every other ratio of the run, so that none is ranked.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
 
 import pandas as pd
 
-from packlib.lab import tables
+from packlib.lab import records, tables
 
 CONTROL = 0.03  # a batch of one: packing's speed over padding's, from 1
 REPEATS = 0.03  # median step times of an arm's repeats, largest over smallest, from 1
@@ -19,7 +22,14 @@ PAIR = ("padding", "minibatch_packing")
 
 
 class Doubt(str):
-    """A finding that takes others back: shown on top, in red."""
+    """A finding that takes others back: shown on top, in red. short: what is off, in two words."""
+
+    short: str
+
+    def __new__(cls, text: str, short: str = "") -> Self:
+        doubt = super().__new__(cls, text)
+        doubt.short = short
+        return doubt
 
 
 def doubts(frame: pd.DataFrame) -> list[Doubt]:
@@ -32,6 +42,42 @@ def doubts(frame: pd.DataFrame) -> list[Doubt]:
     return [*(doubt for doubt in found if doubt), *of_repeats(timed)]
 
 
+def by_run(frame: pd.DataFrame, own: Iterable[str] | None = None) -> dict[str, list[str]]:
+    """What is said against each run folder's times, in sentences that begin with its name; nothing of the others.
+
+    frame: runs with a column `run`, the folder's name. own: ids of the runs that a study shows, if not all: then the
+    doubts are of settings that these were measured in, and of the folder's other runs a plain line says what is off.
+    """
+    if not {"run", "strategy"} <= set(frame):
+        return {}
+    found: dict[str, list[str]] = {}
+    ids = None if own is None else list(own)
+    for run, runs in frame[frame["strategy"].notna()].groupby("run", sort=False):
+        setting = _by_setting(runs, []).ngroup()
+        shown = setting.isin(setting if ids is None else setting[runs["run_id"].isin(ids)])
+        said: list[str] = [Doubt(f"{run}: {doubt}", doubt.short) for doubt in doubts(runs[shown])]
+        if off := in_short(doubts(runs[~shown])):
+            said.append(f"{run}: other runs of this folder are in doubt ({off}); none of them is shown here.")
+        if said:
+            found[str(run)] = said
+    return found
+
+
+def of_folder(folder: Path, own: Iterable[str]) -> list[str]:
+    """`by_run` of one run folder and what a study shows of it."""
+    frame = records.load_records(folder).assign(run=folder.name)
+    return by_run(frame, own).get(folder.name, [])
+
+
+def in_short(found: Iterable[str]) -> str:
+    """What is off, of the doubts among these sentences: in words for a title; empty without any.
+
+    >>> in_short([Doubt("The control is off: …", "control off"), "A step costs 4 ms."])
+    'control off'
+    """
+    return ", ".join(dict.fromkeys(said.short for said in found if isinstance(said, Doubt)))
+
+
 def of_control(ratio: float, where: str) -> Doubt | None:
     """The doubt that a batch of one raises, if it does. ratio: packing's speed over padding's; NaN: not measured."""
     if math.isnan(ratio) or abs(ratio - 1) <= CONTROL:
@@ -39,7 +85,8 @@ def of_control(ratio: float, where: str) -> Doubt | None:
     return Doubt(
         f"The control is off: with one example a batch, where nothing is padded, packing runs at {ratio:.3f} times "
         f"padding's speed ({where}); expected 1 within {CONTROL:.0%}. Ratios of this run hold a difference that is not "
-        f"packing's, and nothing here is ranked."
+        f"packing's, and the run ranks nothing.",
+        "control off",
     )
 
 
@@ -51,21 +98,26 @@ def of_repeats(frame: pd.DataFrame) -> list[Doubt]:
     return [
         Doubt(
             f"Repeats are off: the median step time of an arm differs by {spread:.1%} between its repeats; expected "
-            f"{REPEATS:.0%} at most. Smaller differences of this run may be noise, and nothing here is ranked."
+            f"{REPEATS:.0%} at most. Smaller differences of this run may be noise, and the run ranks nothing.",
+            "repeats off",
         )
     ]
 
 
 def repeat_spread(frame: pd.DataFrame) -> float:
     """How far apart the median step times of an arm's repeats are, at most, as a share; NaN without repeats."""
-    ok = frame[frame["status"] == "ok"]
-    seconds = _by_setting(ok, ["strategy", "kernel", "seed"])["metrics.step_seconds.p50"]
+    ok, column = frame[frame["status"] == "ok"], "metrics.step_seconds.p50"
+    if column not in ok:
+        return math.nan
+    seconds = _by_setting(ok, ["strategy", "kernel", "seed"])[column]
     spread = (seconds.max() / seconds.min() - 1)[seconds.count() > 1].max()
     return float(spread) if pd.notna(spread) else math.nan
 
 
 def _controls(timed: pd.DataFrame) -> list[tuple[float, str]]:
     """Of every setting with one example a batch: packing's speed over padding's, and where that is."""
+    if "metrics.tokens_per_s.mean" not in timed:
+        return []
     one = timed[(timed["batch_size"] == 1) & timed["strategy"].isin(PAIR) & (timed["kernel"] == "auto")]
     found = []
     for _, group in _by_setting(one, []):

@@ -86,28 +86,65 @@ def _devices(frame: pd.DataFrame) -> str:
     return " and ".join(f"{n:.0f} × {device}" for n, device in sorted(places))
 
 
-def claim(frame: pd.DataFrame, run: str) -> str:
-    """The finding in bold."""
-    arms = _headline(frame).set_index(["data", "strategy"]).loc["multitask"]
-    packed, full = arms.loc["minibatch_packing"], arms.loc["multipack_posid"]
-    saved = f"{100 * (1 - packed['memory_ratio']):.0f} % less peak memory"
-    return (
-        f"**{NAME} on {_devices(_speed(frame))}, a multi-task corpus, batches of {SETTING['batch_size']}: padding "
-        f"computes {packed['waste_ratio']:.2f} slots for every real token. Flattening the same batches trains "
-        f"{packed['speed_up']:.2f} × as fast with {saved}; packing whole examples into full rows trains "
-        f"{full['speed_up']:.2f} × as fast, in fewer and larger steps.**{_reserve(frame)}"
+def worth(frame: pd.DataFrame, run: str) -> str:
+    """What packing is worth in CUDA graphs, and how much of what the device's rates allow, in bold; of one device."""
+    rate, allowed = "metrics.tokens_per_s.mean", "metrics.limit.tokens_per_s"
+    ok = tables.alone(frame[(frame["status"] == "ok") & (frame["model"] == MODEL) & (frame["world_size"] == 1)])
+    ok = ok[ok["rig.lora_rank"].isna()].assign(data=ok["corpus"].map(_data))
+    in_graphs = ok["rig.graphs"].eq(True) & ok["rig.lean"].eq(True) & ok["batch_size"].eq(SETTING["batch_size"])
+    of = ok[in_graphs].groupby(["strategy", "data"])[[rate, allowed]].median()
+    if not {"minibatch_packing", "padding"} <= set(of.index.get_level_values("strategy")):
+        return ""
+    gain = (of.loc["minibatch_packing"] / of.loc["padding"]).dropna()
+    gain = gain.loc[[data for data in STANDS_FOR if data in gain.index]]
+    gained = " and ".join(f"{ratio:.2f} × as fast on {data}" for data, ratio in gain[rate].items())
+    shares = " and ".join(f"{share:.0%}" for share in gain[rate] / gain[allowed])
+    rows = ok[(ok["strategy"] == "multipack_posid") & ~ok["rig.float8"].eq(True)].nlargest(1, rate)
+    theirs = ok[(ok["strategy"] == "trl_packing_bfd") & ok["data"].isin(rows["data"])][rate]
+    full = ""
+    if len(theirs):
+        best = rows[rate].iloc[0]
+        full = f"; full rows reach {best:,.0f} real tokens/s, {best / theirs.median():.2f} × TRL's packing as it comes"
+    shown = ok.loc[[*ok.index[in_graphs], *rows.index]]
+    return _cautions(shown) + (
+        f"**{NAME} on {_devices(shown)}, batches of {SETTING['batch_size']}, on a rig that its host does not hold up: "
+        f"against padding, flattening the same mini-batches trains {gained}, {shares} of what the device's measured "
+        f"rates allow{full}.**"
     )
 
 
-def _reserve(frame: pd.DataFrame) -> str:
-    """What has to stand beside a claim of a run whose controls are off; else nothing."""
-    if not doubts.doubts(frame):
-        return ""
-    return " *A control of this run is off (below): read large differences, not small ones.*"
+def claim(frame: pd.DataFrame, run: str) -> str:
+    """The finding in bold, below what takes it back."""
+    arms = _headline(frame).set_index(["data", "strategy"]).loc["multitask"]
+    packed, full = arms.loc["minibatch_packing"], arms.loc["multipack_posid"]
+    saved = f"{100 * (1 - packed['memory_ratio']):.0f} % less peak memory"
+    return _cautions(frame) + (
+        f"**{NAME} on {_devices(_speed(frame))}, a multi-task corpus, batches of {SETTING['batch_size']}: padding "
+        f"computes {packed['waste_ratio']:.2f} slots for every real token. Flattening the same batches trains "
+        f"{packed['speed_up']:.2f} × as fast with {saved}; packing whole examples into full rows trains "
+        f"{full['speed_up']:.2f} × as fast, in fewer and larger steps.**"
+    )
+
+
+def _cautions(frame: pd.DataFrame) -> str:
+    """What takes a run's rankings back, in red, to stand above its claim; else nothing."""
+    return "".join(f"{caution}\n\n" for caution in report.cautions(doubts.doubts(frame)))
+
+
+def _mark(frame: pd.DataFrame) -> str:
+    """What is off in a run, for a title; else nothing."""
+    off = doubts.in_short(doubts.doubts(frame))
+    return f" ({off})" if off else ""
+
+
+def _reminder(frame: pd.DataFrame) -> str:
+    """What is off, in a line, above further tables of the run that the page begins with; else nothing."""
+    off = doubts.in_short(doubts.doubts(frame)).capitalize()
+    return f"🔴 *{off} (see above): read large differences, not small ones.*\n\n" if off else ""
 
 
 def headline(frame: pd.DataFrame, run: str) -> str:
-    """The table of the headline, what it was measured on, and whether the run's controls hold."""
+    """The table of the headline, and what it was measured on."""
     speed = _speed(frame)
     used = speed[(speed["model"] == MODEL) & (speed["status"] == "ok")]
     one = used.iloc[0]
@@ -122,12 +159,7 @@ def headline(frame: pd.DataFrame, run: str) -> str:
     gap = _largest_gap(used, records.read_records(records.run_folder(run, create=False)))
     parity = f"Arms that get the same mini-batches agree in training loss to {gap:.3f} nats at every step."
     table = _headline(frame).assign(fill=np.nan)
-    return f"{_markdown(table)}\n\n{where}. {parity}{_cautions(frame)}"
-
-
-def _cautions(frame: pd.DataFrame) -> str:
-    """What takes a run's rankings back, in red; else nothing."""
-    return "".join(f"\n\n> [!CAUTION]\n> 🔴 **{doubt}**" for doubt in doubts.doubts(frame))
+    return f"{_reminder(frame)}{_markdown(table)}\n\n{where}. {parity}"
 
 
 def _largest_gap(used: pd.DataFrame, found: Iterable[Mapping[str, Any]]) -> float:
@@ -140,14 +172,15 @@ def _largest_gap(used: pd.DataFrame, found: Iterable[Mapping[str, Any]]) -> floa
 def arms(frame: pd.DataFrame, run: str) -> str:
     """Every arm of the headline's model."""
     table = _against(frame)
-    return _markdown(table[table["model"] == MODEL].reset_index(drop=True))
+    return _reminder(frame) + _markdown(table[table["model"] == MODEL].reset_index(drop=True))
 
 
 def models(frame: pd.DataFrame, run: str) -> str:
     """MiniBatchPacking of every model on the first corpus."""
     table = _against(frame)
     packed = (table["strategy"] == "minibatch_packing") & (table["kernel"] == "auto")
-    return _markdown(table[packed & (table["data"] == next(iter(STANDS_FOR)))].reset_index(drop=True))
+    shown = table[packed & (table["data"] == next(iter(STANDS_FOR)))].reset_index(drop=True)
+    return _reminder(frame) + _markdown(shown)
 
 
 def losses(frame: pd.DataFrame, run: str) -> str:
@@ -177,7 +210,7 @@ def figure(frame: pd.DataFrame, run: str) -> str:
         f"{row.data}, {figures.label(row.strategy)} {row.speed_up:.2f} (limit {row.limit:.2f})"
         for row in _headline(frame).dropna(subset="speed_up").itertuples()
     ]
-    alt = f"Real tokens/s relative to padding, {NAME} on {_devices(_speed(frame))}. {'; '.join(bars)}."
+    alt = f"Real tokens/s relative to padding{_mark(frame)}, {NAME} on {_devices(_speed(frame))}. {'; '.join(bars)}."
     return f"![{alt}](papermill_runs/{run}/figures/readme.png)"
 
 
@@ -187,7 +220,7 @@ def climb(frame: pd.DataFrame, run: str) -> str:
     summary = records.read_json(folder / "summaries" / "08_climb_to_the_limit.json")
     told = [finding.split(": ", maxsplit=1) for finding in summary["findings"]]
     devices = _devices(frame[frame["status"] == "ok"])
-    parts = []
+    parts = [line for caution in report.cautions(summary.get("doubts", [])) for line in (caution, "")]
     for figure, ending in {"08_mini_batches": ", mini-batches", "08_full_rows": ", full rows"}.items():
         if figure not in summary["figures"]:
             continue
@@ -218,10 +251,12 @@ def ranks(frame: pd.DataFrame, run: str) -> str:
         f"{NAME} on {_devices(used)}, attention by {kernels}; the host launches a kernel in {launch.min():.0f} to "
         f"{launch.max():.0f} µs."
     )
-    return f"{tables.markdown(pd.DataFrame(columns))}\n\n{said}{_cautions(used)}"
+    return f"{_cautions(used)}{tables.markdown(pd.DataFrame(columns))}\n\n{said}"
 
 
-BLOCKS = {function.__name__: function for function in (claim, headline, figure, climb, ranks, arms, models, losses)}
+BLOCKS = {
+    function.__name__: function for function in (worth, claim, headline, figure, climb, ranks, arms, models, losses)
+}
 
 
 def _draw(frame: pd.DataFrame, path: Path, text: str) -> None:
@@ -230,6 +265,7 @@ def _draw(frame: pd.DataFrame, path: Path, text: str) -> None:
     table = _headline(frame).dropna(subset="speed_up")
     first = table.drop_duplicates("strategy").set_index("strategy")["speed_up"]
     said = f"{first['minibatch_packing']:.2f} × as fast flattened, {first['multipack_posid']:.2f} × in full rows"
+    said += _mark(frame)
     title = f"{NAME} on {_devices(_speed(frame))}, {table['data'].iloc[0]}: {said}"
     picture = figures.bars_with_limits(table.assign(corpus=table["data"]), title, width=11.5, row=0.62)
     path.parent.mkdir(exist_ok=True)

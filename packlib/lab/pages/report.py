@@ -53,16 +53,21 @@ def render(folder: Path) -> str:
     frame = records.load_records(folder)
     parts = [f"# Padding versus packing: run `{folder.name}`", f"**Question.** {QUESTION}"]
     if found:
-        arms = _arms(frame)
-        said = _summary(arms, ranked=not doubts(frame))
+        arms, off = _arms(frame), doubts(frame)
+        parts += cautions(off)
+        said = _summary(arms, ranked=not off)
         if said:
             parts.append("**Summary.** " + " ".join(said))
         parts.append(tables.markdown(_provenance(found)))
-        parts += [f"> [!CAUTION]\n> 🔴 **{doubt}**" for doubt in doubts(frame)]
         parts += _speed(arms)
     for path in sorted((folder / "summaries").glob("*.json")):
         parts += _notebook(path, folder)
     return "\n\n".join(parts) + "\n"
+
+
+def cautions(found: Iterable[str]) -> list[str]:
+    """Doubts as GitHub shows them in red."""
+    return [f"> [!CAUTION]\n> 🔴 **{doubt}**" for doubt in found]
 
 
 def headline(folder: Path) -> str:
@@ -134,7 +139,7 @@ def _summary(arms: pd.DataFrame, *, ranked: bool) -> list[str]:
             said.append(f"{what} {_range(own['speed_up'])} times as fast as padding, {_places(own)}")
             said[-1] += f", and takes {_range(own['memory_ratio'])} of its peak memory."
     if said and not ranked:
-        said.append("A control of this run is off (below): the ratios hold more than packing, and none is ranked.")
+        said.append("A control of this run is off (above): the ratios hold more than packing, and none is ranked.")
     return said
 
 
@@ -166,9 +171,9 @@ def _provenance(found: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _notebook(path: Path, folder: Path) -> list[str]:
-    """A notebook's title, findings and figures."""
+    """A notebook's title, what it doubts, its findings and figures."""
     summary = records.read_json(path)
-    parts = [f"## [{summary['title']}]({path.stem}.ipynb)"]
+    parts = [f"## [{summary['title']}]({path.stem}.ipynb)", *cautions(summary.get("doubts", []))]
     if summary["findings"]:
         parts.append("\n".join(f"- {finding}" for finding in summary["findings"]))
     for name, alt in summary.get("figures", {}).items():

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from packlib.lab import figures, records, tables
+from packlib.lab import doubts, figures, records, tables
 from packlib.lab.figures import Picture
 from packlib.lab.parameters import unknown_name
 from packlib.lab.runs import experiment
@@ -154,19 +154,25 @@ def _arms(base: RunSpec, own: Mapping[str, Any]) -> list[Arm]:
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds of a step: `per_step` + `per_slot` × slots. runs: that it was fitted to; error: of their mean steps."""
+    """Seconds of a step: `per_step` + `per_slot` × slots.
+
+    runs: ids of those that it was fitted to; error: of their mean steps. doubt: the folder that they are from and what
+    is off there; empty where nothing is.
+    """
 
     label: str
     per_step: float
     per_slot: float
-    runs: int
+    runs: tuple[str, ...]
     error: float
+    doubt: str = ""
 
     @property
     def said(self) -> str:
         """The clock in a sentence."""
         costs = f"{1e3 * self.per_step:.3g} ms a step and {1e6 * self.per_slot:.3g} µs a slot"
-        return f"{self.label}: {costs} ({self.runs} runs that had the device alone, within {self.error:.0%})"
+        fitted = f"{len(self.runs)} runs that had the device alone, within {self.error:.0%}"
+        return f"{self.label}: {costs} ({fitted}){'; ' if self.doubt else ''}{self.doubt}"
 
 
 def fit_clock(found: Iterable[Mapping[str, Any]], label: str, rig: Mapping[str, Any] | None = None) -> Clock | None:
@@ -175,7 +181,7 @@ def fit_clock(found: Iterable[Mapping[str, Any]], label: str, rig: Mapping[str, 
     rig: values that fields of their rig must have. Mean step after warm-up against its mean slots, least squares on
     relative errors, no cost below 0.
     """
-    points = []
+    runs, points = [], []
     for record in found:
         strategy = STRATEGIES.get(record["spec"].get("strategy", ""))
         if record["status"] != "ok" or strategy is None or strategy.trl or not records.had_device_alone(record):
@@ -187,6 +193,7 @@ def fit_clock(found: Iterable[Mapping[str, Any]], label: str, rig: Mapping[str, 
             warm = min(record["spec"].get("warmup_steps", 0), len(record["trace"]["step"]) - 1)
             seconds, slots = (np.diff(record["trace"][name], prepend=0)[warm:].mean() for name in ("seconds", "slots"))
             points.append((seconds, slots))
+            runs.append(record["run_id"])
     if len(points) < 2:
         return None
     seconds, slots = np.array(points).T
@@ -194,7 +201,7 @@ def fit_clock(found: Iterable[Mapping[str, Any]], label: str, rig: Mapping[str, 
     scale = features.max(axis=0)
     costs = nnls(features / scale, np.ones(len(slots)))[0] / scale
     error = float(np.abs(features @ costs - 1).max())
-    return Clock(label, float(costs[0]), float(costs[1]), len(points), error)
+    return Clock(label, float(costs[0]), float(costs[1]), tuple(runs), error)
 
 
 def clocks(named: Sequence[Mapping[str, Any]], folder: Path, planned: Sequence[Arm]) -> list[Clock]:
@@ -204,28 +211,31 @@ def clocks(named: Sequence[Mapping[str, Any]], folder: Path, planned: Sequence[A
     """
     if not named:
         own = [record for arm in planned if (record := experiment.find(arm.spec, folder))]
-        found = [fit_clock(own, "this run's own steps")]
-    else:
-        found = [
-            fit_clock(
-                (r for r in records.read_records(records.run_folder(one["run"], create=False)) if _of(r, one["model"])),
-                one["label"],
-                one.get("rig"),
-            )
-            for one in named
-        ]
-    return [clock for clock in found if clock]
+        return _asked(fit_clock(own, "this run's own steps"), folder)
+    found: list[Clock] = []
+    for one in named:
+        place = records.run_folder(one["run"], create=False)
+        of_model = [record for record in records.read_records(place) if record["spec"].get("model") == one["model"]]
+        found += _asked(fit_clock(of_model, one["label"], one.get("rig")), place)
+    return found
 
 
-def _of(record: Mapping[str, Any], model: str) -> bool:
-    return record["spec"].get("model") == model
+def _asked(clock: Clock | None, folder: Path) -> list[Clock]:
+    """A clock, if there is one, with what is in doubt of the runs in a folder that it was fitted to."""
+    if clock is None:
+        return []
+    off = doubts.in_short(doubts.of_folder(folder, clock.runs))
+    return [replace(clock, doubt=f"fitted to a run in doubt ({folder.name}: {off})") if off else clock]
 
 
 # Tables
 
 
 def curves(folder: Path, planned: Sequence[Arm], clock: Clock) -> pd.DataFrame:
-    """Every evaluation of every measured run: `Arm.names, seed, lr, step, seconds` (by the clock)`, loss` per token."""
+    """Every evaluation of every measured run, dated by the clock: `Arm.names, seed, lr, step, seconds, loss, doubt`.
+
+    loss: per token. doubt: the clock's.
+    """
     rows = []
     for arm in planned:
         record = experiment.find(arm.spec, folder)
@@ -237,8 +247,13 @@ def curves(folder: Path, planned: Sequence[Arm], clock: Clock) -> pd.DataFrame:
         for step, loss in sorted(seen.items()):
             seconds = clock.per_step * step + clock.per_slot * trace["slots"][step - 1]
             run = {"seed": arm.spec.seed, "lr": arm.spec.learning_rate, "step": step, "seconds": seconds, "loss": loss}
-            rows.append(arm.names | run)
-    return pd.DataFrame(rows, columns=[*NAMES, "seed", "lr", "step", "seconds", "loss"])
+            rows.append(arm.names | run | {"doubt": clock.doubt})
+    return pd.DataFrame(rows, columns=[*NAMES, "seed", "lr", "step", "seconds", "loss", "doubt"])
+
+
+def doubt_of(curve: pd.DataFrame) -> str:
+    """What is in doubt of the clock that dated it; empty where nothing is."""
+    return str(curve["doubt"].iloc[0]) if len(curve) else ""
 
 
 def at_equal_time(curve: pd.DataFrame) -> tuple[float, pd.DataFrame]:
@@ -290,7 +305,10 @@ def at_edge(timed: Timed) -> list[str]:
 
 
 def standing(curve: pd.DataFrame) -> pd.DataFrame:
-    """Of one corpus and clock, the best first: `loss, step, lr, seeds`, and the difference to padding, `low, high`."""
+    """Of one corpus and clock: `loss, step, lr, seeds`, and the difference to padding, `low, high`.
+
+    The best first, unless the clock is in doubt.
+    """
     _, then = at_equal_time(curve)
     gaps = tables.paired_differences(then, "loss", base=PADDING, arm="arm")
     gaps = gaps.set_index("label") if len(gaps) else gaps
@@ -300,7 +318,8 @@ def standing(curve: pd.DataFrame) -> pd.DataFrame:
         if arm in gaps.index:
             row |= gaps.loc[arm, ["difference", "low", "high"]].to_dict()
         rows[arm] = row
-    return pd.DataFrame(rows).T.sort_values("loss")
+    table = pd.DataFrame(rows).T
+    return table if doubt_of(curve) else table.sort_values("loss")
 
 
 # Figure and findings
@@ -320,18 +339,25 @@ def figure(by_clock: Mapping[str, pd.DataFrame], corpus: str) -> Picture:
             ax.plot(x, by_step["loss"].mean(), color=color, marker=marker, linestyle=line, markersize=6, label=arm)
             ax.fill_between(x, by_step["loss"].min(), by_step["loss"].max(), color=color, alpha=0.12, linewidth=0)
         ax.axvline(end, color="0.4", linewidth=1)
-        ax.set(title=label, xlabel="seconds of training")
+        doubt = doubt_of(curve)
+        ax.set(title=f"{label},\n{doubt}" if doubt else label, xlabel="seconds of training")
     axes[0].set_ylabel("validation loss (nats per token)")
     drawn.legend(handles=axes[0].get_lines()[:-1], loc="outside lower center", ncols=min(3, len(axes) + 1))
     return figures.head(drawn, f"{corpus}: loss after so many seconds")
 
 
 def finding(curve: pd.DataFrame, corpus: str, clock: str) -> str:
-    """Who has the lowest loss at equal time by a clock of this label, by how much, with intervals, in one sentence."""
+    """Who has the lowest loss at equal time by a clock of this label, by how much, with intervals, in one sentence.
+
+    By a clock in doubt nobody: how far apart the losses are.
+    """
     end, then = at_equal_time(curve)
     order = then.groupby("arm")["loss"].mean().sort_values()
     if len(order) < 2:
         return f"{corpus}: fewer than two arms have runs to compare at equal time."
+    if doubt := doubt_of(curve):
+        between = f"losses of {len(order)} arms are {order.iloc[0]:.4f} to {order.iloc[-1]:.4f} nats"
+        return f"{corpus}, {clock}: after {end:.3g} s {between}; no order, as the clock is {doubt}."
     first, second = order.index[:2]
     decided = False
     said = [f"{corpus}, {clock}: after {end:.3g} s “{first}” has the lowest loss, {order.iloc[0]:.4f} nats"]
@@ -347,6 +373,14 @@ def findings(timed: Timed) -> list[str]:
     """What the clocks are, who wins by each of them on each corpus, and whose rate may not be the best."""
     if timed.grid and not timed.clocks:
         return ["No clock: fewer than two runs that had the device alone, so nothing is compared at equal time."]
-    said = [clock.said for clock in timed.clocks]
+    said: list[str] = [
+        doubts.Doubt(
+            f"Equal time: the clock “{clock.label}” is {clock.doubt}. It orders no arms; losses by step are not in "
+            f"doubt."
+        )
+        for clock in timed.clocks
+        if clock.doubt
+    ]
+    said += [clock.said for clock in timed.clocks]
     said += [finding(curve, corpus, label) for corpus, dated in timed.curves.items() for label, curve in dated.items()]
     return said + at_edge(timed)

@@ -19,7 +19,7 @@ import torch
 
 from packlib.attention import isolate_mixers, register_attention
 from packlib.isolation import check_isolation
-from packlib.lab import models, records, tables
+from packlib.lab import doubts, models, records, tables
 from packlib.lab.records import had_device_alone
 from packlib.lab.runs import experiment
 from packlib.lab.runs.spec import Rig, RunSpec
@@ -70,10 +70,11 @@ def _with(rig: Rig, native: bool) -> Rig:
 def table(specs: Iterable[tuple[str, str, RunSpec]], folder: Path) -> pd.DataFrame:
     """A row for each of these arms (`arms`) that has a record in `folder`; empty where none has.
 
-    Columns `model, corpus, rig, arm, status, error`; `device`; `tokens_per_s`, real ones, `low, high` (20th and 80th
-    percentile of steps), `speed_up` over padding in the same place; `waste`, slots a token; `mixer_slots`, those inside
-    mixers; `mixers`, what was done to them; `host_seconds` of a step, `share` of the limit, `peak_memory_bytes`;
-    `loss_difference`, relative, the largest over the steps, from padding's. What there is none of is NaN.
+    Columns `model, corpus, rig, arm, status, error`; `folder, run_id`, where the record is; `device`; `tokens_per_s`,
+    real ones, `low, high` (20th and 80th percentile of steps), `speed_up` over padding in the same place; `waste`,
+    slots a token; `mixer_slots`, those inside mixers; `mixers`, what was done to them; `host_seconds` of a step,
+    `share` of the limit, `peak_memory_bytes`; `loss_difference`, relative, the largest over the steps, from padding's.
+    What there is none of is NaN.
     """
     rows: list[dict[str, Any]] = []
     padded: dict[tuple[str, ...], Mapping[str, Any]] = {}
@@ -83,6 +84,7 @@ def table(specs: Iterable[tuple[str, str, RunSpec]], folder: Path) -> pd.DataFra
             continue
         place = (spec.model, tables.short(spec.corpus), rig)
         row = {**dict(zip(PLACE, place)), "arm": arm, "status": record["status"], "error": record["error"]}
+        row |= {"folder": str(folder), "run_id": record["run_id"]}
         rows.append(row)
         if record["status"] != "ok":
             continue
@@ -92,7 +94,8 @@ def table(specs: Iterable[tuple[str, str, RunSpec]], folder: Path) -> pd.DataFra
         if reference := padded.get(place):
             rate = reference["metrics"]["tokens_per_s"]["mean"]
             row |= {"speed_up": row["tokens_per_s"] / rate, "loss_difference": _apart(record, reference)}
-    columns = [*PLACE, "arm", "status", "error", "device", "tokens_per_s", "low", "high", "speed_up", "waste"]
+    columns = [*PLACE, "arm", "status", "error", "folder", "run_id", "device", "tokens_per_s", "low", "high"]
+    columns += ["speed_up", "waste"]
     columns += ["mixer_slots", "mixers", "host_seconds", "share", "peak_memory_bytes", "loss_difference"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -151,8 +154,11 @@ def display_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def findings(table: pd.DataFrame, checked: Sequence[Mapping[str, Any]] = ()) -> list[str]:
-    """Sentences about these rows of `table` and these checks (`checks`), every number computed; none about none."""
-    said = []
+    """Sentences about these rows of `table` and these checks (`checks`), every number computed; none about none.
+
+    They rank nothing, so that what is said against the rows' own settings, and of their folder's others, stands beside.
+    """
+    said: list[str] = []
     done = table[table["status"] == "ok"]
     for place, rows in done.groupby(PLACE, sort=False):
         by_arm = rows.set_index("arm")
@@ -167,6 +173,8 @@ def findings(table: pd.DataFrame, checked: Sequence[Mapping[str, Any]] = ()) -> 
         )
     failed = table[table["status"] != "ok"]
     said += [f"{r.model} on {r.corpus}, {r.rig}, {r.arm}: {r.status}." for r in failed.itertuples()]
+    for folder, rows in done.groupby("folder", sort=False):
+        said += doubts.of_folder(Path(str(folder)), rows["run_id"])
     for check in checked:
         where = f"{check['model']}, {check['layers']} layers in {check['dtype']} on {check['device']}, {check['arm']}"
         verdict = "isolated" if check["isolated"] else f"NOT isolated ({check['verdict']})"

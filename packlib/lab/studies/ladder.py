@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from packlib.lab import figures, tables
+from packlib.lab import doubts, figures, tables
 from packlib.lab.data.corpora import content_sha256
 from packlib.lab.figures import Picture
 from packlib.lab.parameters import unknown_name
@@ -294,13 +294,14 @@ def climb_table(arms: Sequence[Arm], records: Sequence[Record | None]) -> pd.Dat
 
     arms: of any climbs and corpora (`arms`). records: of each arm, None where there is none (`measure`).
 
-    Columns `climb, corpus, lora_rank, rung, beside, status, error`; `predicted` real tokens/s, from the finished rung
-    below and the factors of all rungs since (NaN without one, and beside the climb); `tokens_per_s, low, high` (mean,
-    20th and 80th percentile of steps), `limit` (tokens/s that the device allows), `share` of it; `step_seconds` (mean);
-    of the one step that was profiled `host_seconds, kernel_seconds, launches, waiting` (share of it without a kernel);
-    `peak_memory_bytes`; `loss_difference, grad_norm_difference`: relative, the largest over the steps, from those of
-    the nearest finished rung below that trains on the same examples. What there is none of is NaN. A finished run whose
-    gradient norms are farther off than `WRONG` has the status "wrong gradients": nothing is climbed on, or said of it.
+    Columns `climb, corpus, lora_rank, rung, beside, status, error, run_id`; `predicted` real tokens/s, from the
+    finished rung below and the factors of all rungs since (NaN without one, and beside the climb); `tokens_per_s, low,
+    high` (mean, 20th and 80th percentile of steps), `limit` (tokens/s that the device allows), `share` of it;
+    `step_seconds` (mean); of the one step that was profiled `host_seconds, kernel_seconds, launches, waiting` (share of
+    it without a kernel); `peak_memory_bytes`; `loss_difference, grad_norm_difference`: relative, the largest over the
+    steps, from those of the nearest finished rung below that trains on the same examples. What there is none of is NaN.
+    A finished run whose gradient norms are farther off than `WRONG` has the status "wrong gradients": nothing is
+    climbed on, or said of it.
     """
     rows = []
     climbed: dict[tuple, list[tuple[Arm, Record]]] = {}  # finished rungs of each climb, the highest first
@@ -308,7 +309,8 @@ def climb_table(arms: Sequence[Arm], records: Sequence[Record | None]) -> pd.Dat
         rung, below = arm.rung, climbed.setdefault((arm.climb, arm.spec.corpus, arm.spec.rig.lora_rank), [])
         row: dict[str, Any] = {"climb": arm.climb, "corpus": arm.spec.corpus, "lora_rank": arm.spec.rig.lora_rank or 0}
         row |= {"rung": rung.name, "beside": rung.beside, "status": record["status"] if record else NOT_MEASURED}
-        row |= {"error": record["error"] if record else None} | dict.fromkeys(NUMBERS, math.nan)
+        row |= {"error": record["error"] if record else None, "run_id": record.get("run_id") if record else None}
+        row |= dict.fromkeys(NUMBERS, math.nan)
         if below and not rung.beside:
             highest, before = below[0]
             row["predicted"] = _predicted_rate(before["metrics"], arm.path[len(highest.path) :])
@@ -565,16 +567,23 @@ def step_figure(table: pd.DataFrame, records: Sequence[Record | None], climb: st
 # Findings
 
 
-def findings(table: pd.DataFrame) -> list[str]:
-    """Sentences of notebook 08, every number from `climb_table`."""
-    said = []
+def findings(table: pd.DataFrame, folder: Path) -> list[str]:
+    """Sentences of notebook 08, every number from `climb_table`; none ranks where the climbs' own controls are off.
+
+    folder: of the records. Its other runs, of another rig or lease, say nothing against a climb: a plain line at the
+    end says where they are in doubt.
+    """
+    beside = doubts.of_folder(folder, table["run_id"].dropna())
+    ranked = not any(isinstance(sentence, doubts.Doubt) for sentence in beside)
+    said: list[str] = []
     for (climb, corpus, rank), rows in table.groupby(["climb", "corpus", "lora_rank"], sort=False):
         where = f"{tables.short(corpus)}, {climb}" + (f", LoRA rank {rank}" if rank else "")
-        said += [f"{where}: {sentence}." for sentence in _about_climb(rows.reset_index(drop=True))]
-    return said or ["Nothing was measured."]
+        said += [f"{where}: {sentence}." for sentence in _about_climb(rows.reset_index(drop=True), ranked=ranked)]
+    return [*(said or ["Nothing was measured."]), *beside]
 
 
-def _about_climb(rows: pd.DataFrame) -> Iterator[str]:
+def _about_climb(rows: pd.DataFrame, *, ranked: bool) -> Iterator[str]:
+    """What a climb on one corpus says; ranked: also which rung is the fastest, gains most or is farthest off."""
     ok = rows[rows["status"] == "ok"]
     climbed = ok[~ok["beside"].astype(bool)]
     if (ends := _ends(rows)) is not None:
@@ -583,13 +592,13 @@ def _about_climb(rows: pd.DataFrame) -> Iterator[str]:
         shares = f"from {first['share']:.0%} to {best['share']:.0%} of the limit"
         yield f"'{best['rung']}' runs at {times} ({best['tokens_per_s']:,.0f}), {shares}"
         others = climbed[climbed["rung"] != FLOAT8]
-        if best["rung"] == FLOAT8 and len(others):
+        if ranked and best["rung"] == FLOAT8 and len(others):
             top = others.loc[others["tokens_per_s"].idxmax()]
             without = f"without float8, '{top['rung']}' is the fastest ({top['tokens_per_s']:,.0f}, {top['share']:.0%})"
             yield f"{without}; float8 runs at {best['tokens_per_s'] / top['tokens_per_s']:.2f} times that"
         every = rows[~rows["beside"].astype(bool)]["tokens_per_s"]
         gains = every / every.shift()  # of rungs whose rung below was measured, too
-        if gains.notna().any():
+        if ranked and gains.notna().any():
             most = rows.loc[gains.idxmax(), "rung"]
             yield f"the largest gain of one rung is that of '{most}', {gains.max():.2f} times"
     elif len(climbed):
@@ -601,7 +610,7 @@ def _about_climb(rows: pd.DataFrame) -> Iterator[str]:
         worst = predicted.loc[off.abs().idxmax()]
         close = f"{(off.abs() <= CLOSE).sum()} of {len(off)} predictions come within {CLOSE:.0%}"
         numbers = f"{worst['predicted']:,.0f} predicted, {worst['tokens_per_s']:,.0f} measured"
-        yield f"{close}; '{worst['rung']}' is farthest off, {numbers}"
+        yield f"{close}; '{worst['rung']}' is farthest off, {numbers}" if ranked else close
     yield from _about_others(ok, climbed)
     differences = climbed[["loss_difference", "grad_norm_difference"]].max()
     if differences.notna().all():

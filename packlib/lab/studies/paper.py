@@ -7,7 +7,7 @@ padding are compared. What either side does not say stays empty.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from packlib.lab import figures, models, paper, records, tables
+from packlib.lab import doubts, figures, models, paper, records, tables
 from packlib.lab.figures import Picture
 from packlib.lab.parameters import unknown_name
 from packlib.lab.runs.spec import RunSpec
@@ -52,7 +52,7 @@ UNITS = {  # title of a pair of columns: column, divisor, format
 def measured(run: Path, published: Sequence[str] = ()) -> pd.DataFrame:
     """`records.load_records` of the training runs in `run` and in published run folders.
 
-    published: names under papermill_runs/, or patterns. A run that two folders hold counts for the first. Further
+    published: names under papermill_runs/, or patterns. A record that two folders hold counts for the first. Further
     columns: `run`, the folder's name; `architecture`, the model, which `model` writes with its rig where a folder has
     several; `arm, variant, batch` of notebook 07's records. `ValueError`: a name without records.
     """
@@ -64,9 +64,10 @@ def measured(run: Path, published: Sequence[str] = ()) -> pd.DataFrame:
     wanted = [name for name in known if any(fnmatch(name, pattern) for pattern in published)]
     frames = [_loaded(folder) for folder in (run, *(root / name for name in wanted))]
     frame = pd.concat([f for f in frames if len(f)] or [pd.DataFrame(columns=["run_id"])], ignore_index=True)
-    further = ["run", "architecture", "status", "environment.concurrent_runs", *ARM]
+    one = ["run_id", "environment.created"]  # another folder may have measured the same spec on another device
+    further = [*one, "run", "architecture", "status", "environment.concurrent_runs", *ARM]
     frame = frame.reindex(columns=list(dict.fromkeys([*frame, *further, *FIELDS])))
-    return frame[frame["strategy"].isin(list(STRATEGIES))].drop_duplicates("run_id").reset_index(drop=True)
+    return frame[frame["strategy"].isin(list(STRATEGIES))].drop_duplicates(one).reset_index(drop=True)
 
 
 def _loaded(folder: Path) -> pd.DataFrame:
@@ -93,12 +94,15 @@ def speed_arms(frame: pd.DataFrame) -> pd.DataFrame:
     """Records of notebook 06 that Table 2 can be held against.
 
     The paper's strategies on packlib's attention, with the device to themselves, where padding was measured on the same
-    rig: a rung of notebook 08 is no comparison.
+    rig: a rung of notebook 08 is no comparison. Of a model that a folder has on several numbers of GPUs, the most: the
+    paper has eight.
     """
     ours = frame["strategy"].isin(list(BATCHING)) & (frame["kernel"] == "auto") & (frame["status"] == "ok")
     arms = _one_setting(tables.alone(frame[ours & frame["eval_every"].isna()]))
     if not len(arms):
         return arms
+    gpus = arms["world_size"].fillna(1)
+    arms = arms[gpus == gpus.groupby([arms["run"], arms["architecture"]]).transform("max")]
     strategies = arms.groupby([arms["run"], arms["architecture"], arms["corpus"], tables.rigs(arms)])["strategy"]
     arms = arms[strategies.transform(lambda names: names.eq("padding").any() and names.nunique() > 1).astype(bool)]
     for _, runs in arms.groupby("run"):
@@ -210,7 +214,10 @@ def _data_label(ours: Any, theirs: str) -> str:
 
 
 def settings(arms: pd.DataFrame) -> pd.DataFrame:
-    """What differs besides the batching: a row each, a column for the paper and one a run; empty where not known."""
+    """What differs besides the batching: a row each, a column for the paper and one a run; empty where not known.
+
+    Where the models of a run differ in it, every value with its models.
+    """
     columns = {"paper": _paper_setting()}
     for run, group in arms.groupby("run", sort=False):
         columns[str(run)] = _our_setting(group)
@@ -239,23 +246,39 @@ def _paper_setting() -> dict[str, str]:
 
 
 def _our_setting(arms: pd.DataFrame) -> dict[str, str]:
-    one, padded = arms.iloc[0], arms[arms["strategy"] == "padding"].drop_duplicates("corpus")
+    padded = arms[arms["strategy"] == "padding"].drop_duplicates("corpus")
     corpora, mean = padded["corpus"].map(tables.short), padded["plan.real_tokens"] / padded["plan.examples"]
+    of_arms = pd.DataFrame([_of_arm(arm) for _, arm in arms.iterrows()])
+    names = [tables.short(name) for name in arms["model"]]
     return {
-        "machine": f"{one['world_size']:.0f} x {one['environment.device']}, {_sharding(one)}",
-        "weights": "random" if models.architecture(one["architecture"]) else "pretrained",
-        "forward and backward": one["dtype"],
-        "gradients, AdamW's moments": "bfloat16" if one["dtype"] == "bfloat16" else "float32",
-        "attention": one["metrics.kernel"],
-        "batch × accumulation": f"{one['batch_size']:.0f} × {one['gradient_accumulation']:.0f}",
-        "longest row (tokens)": f"{one['max_tokens']:,.0f}",
+        **{name: _with_models(of_arms[name], names) for name in of_arms},
         "tokens per example": ", ".join(f"{corpus}: {n:.0f}" for corpus, n in zip(corpora, mean)),
         "slots per real token, padded": ", ".join(f"{c}: {n:.2f}" for c, n in zip(corpora, padded["plan.waste"])),
     }
 
 
-def _sharding(run: pd.Series) -> str:
-    return "FSDP" if _sharded(run) else "not sharded"
+def _of_arm(arm: pd.Series) -> dict[str, str]:
+    """What of a run's setting an arm says."""
+    sharding = "FSDP2" if _sharded(arm) else "not sharded"
+    return {
+        "machine": f"{arm['world_size']:.0f} x {arm['environment.device']}, {sharding}",
+        "weights": "random" if models.architecture(arm["architecture"]) else "pretrained",
+        "forward and backward": arm["dtype"],
+        "gradients, AdamW's moments": "bfloat16" if arm["dtype"] == "bfloat16" else "float32",
+        "attention": arm["metrics.kernel"],
+        "batch × accumulation": f"{arm['batch_size']:.0f} × {arm['gradient_accumulation']:.0f}",
+        "longest row (tokens)": f"{arm['max_tokens']:,.0f}",
+    }
+
+
+def _with_models(values: Iterable[str], models: Iterable[str]) -> str:
+    """The values that arms have, each with its models where there are several."""
+    found: dict[str, list[str]] = {}
+    for value, model in zip(values, models):
+        found.setdefault(value, []).append(model)
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{value} ({', '.join(dict.fromkeys(of))})" for value, of in found.items())
 
 
 def _sharded(run: pd.Series) -> bool:
@@ -268,12 +291,15 @@ def table_4(found: pd.DataFrame) -> pd.DataFrame:
 
     The paper's alone where there are none; `who` is whose value a row has.
     """
-    parts = []
-    for (run, model, corpus), group in found.groupby(["run", "model", "corpus"], sort=False):
-        name = f"{tables.short(run)}: {tables.short(model)} on {corpus}"
-        parts.append(convergence.table_4(group).assign(setting=name))
+    parts = [convergence.table_4(arms).assign(setting=name) for name, arms in _by_setting(found)]
     table = pd.concat(parts or [convergence.table_4(found).assign(setting="not measured")])
     return table.assign(who=table["setting"].where(table["source"] == "ours", "paper"))
+
+
+def _by_setting(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Name and rows of every run, model and corpus of `convergence_arms`."""
+    for (run, model, corpus), arms in found.groupby(["run", "model", "corpus"], sort=False):
+        yield f"{tables.short(run)}: {tables.short(model)} on {corpus}", arms
 
 
 def table_4_settings(four: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -348,8 +374,8 @@ def _span(values: pd.Series) -> str:
 
 
 def table_4_figure(rows: pd.DataFrame, setting: str) -> Picture:
-    """What each arm of Table 4 loses to padding in one setting, ours and the paper's."""
-    title = f"{setting}: what each arm loses to padding, paper and here"
+    """The loss of each arm of Table 4 minus padding's in one setting, ours and the paper's."""
+    title = f"{setting}: each arm minus padding, paper and here"
     figure = figures.beside_paper(rows, "difference", title, "validation loss above padding's (nats)")
     figure.alt = f"Validation loss above padding of the arms of Table 4: the paper, and {setting}"
     return figure
@@ -358,22 +384,24 @@ def table_4_figure(rows: pd.DataFrame, setting: str) -> Picture:
 # Findings
 
 
-def findings(table: pd.DataFrame, four: pd.DataFrame, run: str) -> list[str]:
-    """Sentences of notebook 09, every number computed. table: `side_by_side`. four: `table_4`."""
-    said = []
+def findings(table: pd.DataFrame, frame: pd.DataFrame, run: str) -> list[str]:
+    """Sentences of notebook 09, every number computed; what is said against a run comes first, and nothing ranks it.
+
+    table: `side_by_side` of arms of `frame` (`measured`).
+    """
+    against = doubts.by_run(frame[frame["run"].isin(table["run"])])
+    said = [doubt for found in against.values() for doubt in found]
     if not (table["run"] == run).any():
         said.append(f"Run {run} has no speed that could be compared: notebook 06 measures it.")
     both = table[(table["strategy"] != "padding") & table["speed_up"].notna() & table["speed_up_paper"].notna()]
     said += [_about_minibatch(row) for row in both[both["strategy"] == "minibatch_packing"].to_dict("records")]
     if len(both):
         gap = both["speed_up"] / both["speed_up_paper"]
-        far = both.loc[np.log(gap).abs().idxmax()]
-        where = f"{BATCHING[far['strategy']]}, {far['run']}, {far['model']} on {far['corpus']}"
         ours = f"ours {gap.min():.2f} to {gap.max():.2f} times the paper's"
-        farthest = f"farthest is {where}: {far['speed_up']:.2f}, the paper's {far['speed_up_paper']:.2f}"
-        said.append(f"{len(both)} speed-ups are known on both sides, {ours}; {farthest}.")
-    for name, rows in four.groupby("setting", sort=False):
-        said += [f"{name}, {sentence}" for sentence in _about_boundaries(rows)]
+        farthest = _farthest(both[~both["run"].isin(against)], "runs in doubt left out, " if against else "")
+        said.append(f"{len(both)} speed-ups are known on both sides, {ours}{farthest}.")
+    for name, arms in _by_setting(convergence_arms(frame)):
+        said += [f"{name}, {sentence}" for sentence in _about_boundaries(arms)]
     known = table[[f"{value}_paper" for value in VALUES]].notna().any(axis=1)
     missing, total = int((table["run"].isna() & known).sum()), len(paper.table_2())
     return [*said, f"{missing} of {total} rows of the paper's Table 2 were measured in none of these runs."]
@@ -392,13 +420,27 @@ def _about_minibatch(row: Mapping[str, Any]) -> str:
     )
 
 
-def _about_boundaries(rows: pd.DataFrame) -> list[str]:
+def _farthest(both: pd.DataFrame, left_out: str) -> str:
+    """The speed-up that is farthest from the paper's; nothing of none. left_out: what is said of those not asked."""
+    if not len(both):
+        return ""
+    far = both.loc[np.log(both["speed_up"] / both["speed_up_paper"]).abs().idxmax()]
+    where = f"{BATCHING[far['strategy']]}, {far['run']}, {far['model']} on {far['corpus']}"
+    return f"; {left_out}farthest is {where}: {far['speed_up']:.2f}, the paper's {far['speed_up_paper']:.2f}"
+
+
+def _about_boundaries(arms: pd.DataFrame) -> list[str]:
     """What position ids are worth in one setting of Table 4, where both arms were measured."""
-    loss, said = rows.set_index(["source", "label"])["loss"], []
+    known, said = convergence.table_4(arms), []
+    paper_loss = known[known["source"] == "paper"].set_index("label")["loss"]
     for variant in (convergence.EPOCHS, convergence.STEPS):
         without = convergence.arm_label(convergence.FIXED, variant)
         with_ids = convergence.arm_label(convergence.POSID, variant)
-        if {("ours", without), ("ours", with_ids)} <= set(loss.index):
-            ours, theirs = (loss[who, without] - loss[who, with_ids] for who in ("ours", "paper"))
-            said.append(f"{variant}: leaving out position ids costs {ours:+.3f} nats, in the paper {theirs:+.3f}.")
+        theirs = paper_loss[without] - paper_loss[with_ids]
+        for gap in convergence.differences(arms[arms["arm"].isin([without, with_ids])], with_ids).to_dict("records"):
+            found = convergence.verdict(gap)
+            ours = f"{convergence.tell(gap)}{', ' if found else ''}{found}"
+            said.append(
+                f"{variant}: leaving out position ids changes the loss by {ours}; in the paper by {theirs:+.3f}."
+            )
     return said

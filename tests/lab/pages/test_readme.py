@@ -22,6 +22,19 @@ def test_readme_says_what_the_records_say():
     assert {name for _, name, *_ in readme.BLOCK.findall(README)} == set(readme.BLOCKS)
 
 
+def test_what_packing_is_worth_is_what_the_climb_found():
+    """The words on top of README, against the findings of notebook 08 of the same records; nothing without graphs."""
+    found = records.read_json(ROOT / "papermill_runs" / "h100" / "summaries" / "08_climb_to_the_limit.json")["findings"]
+    ratios = {line.split("_")[0]: line.split("padded is ")[1] for line in found if "on one rig, flattened over" in line}
+    frame = records.load_records(ROOT / "papermill_runs" / "h100")
+    said = readme.worth(frame, "h100")
+    assert set(ratios) == {"multitask", "math"} and not said.startswith(">")
+    for data, line in ratios.items():
+        ratio, share = line.split(",")[0], line.split(", ")[1].split(" of")[0]
+        assert f"{ratio} × as fast on {data}" in said and share in said
+    assert readme.worth(frame[frame["rig.graphs"].ne(True)], "h100") == ""
+
+
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """README and records of another checkout, without a figure."""
@@ -68,6 +81,54 @@ def test_a_picture_that_other_code_drew_is_an_old_one(copy):
 def test_unknown_block_and_run(block, message):
     with pytest.raises(ValueError, match=message):
         readme.render(f"<!-- table: {block} -->\n<!-- end -->")
+
+
+@pytest.fixture
+def steady():
+    """h200 without its batches of one: nothing says that its times are off."""
+    frame = records.load_records(ROOT / "papermill_runs" / "h200")
+    return frame[frame["batch_size"] != 1]
+
+
+def test_a_claim_of_a_run_in_doubt_stands_below_what_is_off(steady):
+    frame = records.load_records(ROOT / "papermill_runs" / "h200")
+    assert readme.claim(frame, "h200").startswith("> [!CAUTION]\n> 🔴 **The control is off")
+    assert readme.claim(frame, "h200").split("\n\n")[1] == readme.claim(steady, "h200")
+    line = "🔴 *Control off (see above): read large differences, not small ones.*\n\n"
+    for block in (readme.headline, readme.arms, readme.models):
+        assert block(frame, "h200") == line + block(steady, "h200")
+    assert "relative to padding (control off), Mistral" in readme.figure(frame, "h200")
+    assert "relative to padding, Mistral" in readme.figure(steady, "h200")
+    two = records.load_records(ROOT / "papermill_runs" / "h200x2")
+    control, repeats, table, *_ = readme.ranks(two, "h200x2").split("\n\n")
+    assert "The control is off" in control and "Repeats are off" in repeats and table.startswith("| corpus |")
+    quiet = two[(two["batch_size"] != 1) & (two["repeat"] == 0)]
+    assert readme.ranks(quiet, "h200x2").startswith("| corpus |")
+
+
+def test_the_title_of_a_figure_of_a_run_in_doubt_says_so(steady, tmp_path, monkeypatch):
+    titles, draw = [], figures.bars_with_limits
+
+    def kept(table, title, **size):
+        titles.append(title)
+        return draw(table, title, **size)
+
+    monkeypatch.setattr(figures, "bars_with_limits", kept)
+    for frame in (records.load_records(ROOT / "papermill_runs" / "h200"), steady):
+        readme._draw(frame, tmp_path / "figures" / "readme.png", "numbers")
+    assert titles == [f"{titles[1]} (control off)", titles[1]] and titles[1].endswith(" × in full rows")
+
+
+def test_a_climb_in_doubt_stands_below_what_is_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    folder, frame = records.run_folder("made"), records.load_records(ROOT / "papermill_runs" / "h100")
+    found = ["data, mini-batches: it runs."]
+    for doubts in (["made: Repeats are off."], []):
+        summary = {"doubts": doubts, "findings": found, "figures": {"08_mini_batches": "bars"}}
+        records.write_json(folder / "summaries" / "08_climb_to_the_limit.json", summary, overwrite=True)
+        lines = readme.climb(frame, "made").splitlines()
+        assert lines[-1] == "- it runs." and lines[-5].startswith("![bars]")
+        assert lines[:-5] == (["> [!CAUTION]", "> 🔴 **made: Repeats are off.**", ""] if doubts else [])
 
 
 def test_losses_follow_from_records_of_notebook_07(tmp_path, monkeypatch):

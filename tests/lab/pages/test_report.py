@@ -111,7 +111,16 @@ def test_a_batch_of_one_must_run_as_fast_packed(tmp_path, ratio, off):
     arms = [row(rate=100, batch_size=1), row("minibatch_packing", 100 * ratio, batch_size=1)]
     text = written(folder, *arms, row(), row("minibatch_packing", 190, 1.0))
     assert ("> [!CAUTION]\n> 🔴 **The control is off" in text) == off == ("none is ranked" in text)
-    assert not off or (f"{ratio:.3f} times" in text and text.index("CAUTION") < text.index("## Speed"))
+    assert not off or (f"{ratio:.3f} times" in text and text.index("CAUTION") < text.index("**Summary.**"))
+
+
+def test_what_a_notebook_doubts_stands_above_its_findings(tmp_path):
+    folder = records.run_folder(tmp_path)
+    for i, off in enumerate([["other: off"], []]):
+        summary = {"title": f"T{i}", "doubts": off, "findings": ["found"], "figures": {}}
+        records.write_json(folder / "summaries" / f"0{i}_x.json", summary)
+    first, second = written(folder, row()).split("## [T0]")[1].split("## [T1]")
+    assert first.index("> [!CAUTION]\n> 🔴 **other: off**") < first.index("- found") and "CAUTION" not in second
 
 
 @pytest.mark.parametrize(("second", "off"), [(0.102, False), (0.11, True)])

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from packlib.lab import records
+from packlib.lab.doubts import Doubt
 from packlib.lab.runs.spec import Rig
 from packlib.lab.studies import equal_time
 from tests.lab.studies import made_records
@@ -54,7 +55,7 @@ def test_a_clock_finds_the_costs_it_was_made_of(tmp_path):
         write(folder, arm)
     found = records.read_records(folder)
     clock = equal_time.fit_clock(found, "made")
-    assert (clock.per_step, clock.per_slot, clock.runs) == (pytest.approx(1.0), pytest.approx(0.01), 9)
+    assert (clock.per_step, clock.per_slot, len(clock.runs)) == (pytest.approx(1.0), pytest.approx(0.01), 9)
     assert clock.error == pytest.approx(0, abs=1e-9) and clock.said.startswith("made: 1e+03 ms a step and 1e+04 µs a")
     assert equal_time.fit_clock(found, "made", {"lean": True}) is None, "none has that rig"
     assert equal_time.fit_clock(found[:1], "made") is None
@@ -127,3 +128,42 @@ def test_a_clock_of_another_run_and_rates_that_fail(tmp_path):
     assert (clock.label, clock.per_step) == ("theirs", pytest.approx(7.0))
     assert equal_time.clocks([named[0] | {"model": "y"}], folder, grid) == []
     assert equal_time.best_rates(folder, grid, clock) == {("pydocs", "Padding"): 2e-3}
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.2])
+def test_by_a_clock_of_a_run_in_doubt_nobody_wins(tmp_path, ratio):
+    """Its control is among the runs that it was fitted to; a clock beside it, of the same folder, is not in doubt."""
+    other, folder = records.run_folder(tmp_path / "other"), records.run_folder(tmp_path / "here")
+    grid = equal_time.grid_arms([SETTING])
+    for arm in grid:
+        of_lean = replace(arm.spec, model="x", rig=Rig(lean=True))
+        write(other, equal_time.Arm(arm.strategy, arm.variant, of_lean), per_step=0.5)
+    one = replace(grid[0].spec, model="x", batch_size=1)
+    for strategy, rate in (("padding", 100.0), ("minibatch_packing", 100.0 * ratio)):
+        trace = {"step": [1, 2], "slots": [100, 200], "seconds": [2.0, 4.0]}
+        metrics = {"tokens_per_s": {"mean": rate}}
+        made_records.write(other, replace(one, strategy=strategy), metrics=metrics, trace=trace)
+    clocks = [
+        {"label": name, "run": str(other), "model": "x", "rig": {"lean": name == "lean"}} for name in ("lean", "eager")
+    ]
+    timed = measure(folder, {"settings": [SETTING], "clocks": clocks})
+    said, off = equal_time.findings(timed), ratio > 1
+    doubt = "fitted to a run in doubt (other: control off)"
+    assert [clock.doubt for clock in timed.clocks] == ["", doubt if off else ""]
+    red = [sentence for sentence in said if isinstance(sentence, Doubt)]
+    assert red == (
+        [f"Equal time: the clock “eager” is {doubt}. It orders no arms; losses by step are not in doubt."]
+        if off
+        else []
+    )
+    assert [clock.said.endswith(f"; {doubt}") for clock in timed.clocks] == [False, off]
+    lean, eager = [sentence for sentence in said if sentence.startswith("pydocs, ") and ": after" in sentence]
+    assert "has the lowest loss" in lean and "no order" not in lean
+    assert ("has the lowest loss" in eager) == (not off) == ("no order" not in eager)
+    assert not off or (eager.endswith(f"no order, as the clock is {doubt}.") and "losses of 4 arms are " in eager)
+    by_clock = timed.curves["pydocs"]
+    tables = [equal_time.standing(curve) for curve in by_clock.values()]
+    assert [table["loss"].is_monotonic_increasing for table in tables] == [True, not off]
+    assert tables[1].index[0] == "Padding" or not off, "arms stand as they were named"
+    titles = [ax.get_title(loc="left") for ax in equal_time.figure(by_clock, "pydocs").axes]
+    assert titles == ["lean", f"eager,\n{doubt}" if off else "eager"]

@@ -7,6 +7,7 @@ import torch
 from transformers.models.lfm2 import modeling_lfm2
 
 from packlib.lab import models, records
+from packlib.lab.doubts import Doubt
 from packlib.lab.runs import worker
 from packlib.lab.runs.spec import RunSpec
 from packlib.lab.studies import hybrids
@@ -60,6 +61,19 @@ def test_a_table_and_sentences_of_known_records(tmp_path):
         "lfm2-1.2b on a, eager layers, flattened, with boundaries: oom."
     ]
     assert hybrids.display_table(table.reset_index())["mixers"].tolist() == ["", "10 Conv on lines", "oom"]
+
+
+@pytest.mark.parametrize("packed", [1.0, 1.2])
+def test_of_other_runs_in_doubt_a_plain_line_says_so(tmp_path, packed):
+    folder, specs = records.run_folder(tmp_path / "a run"), hybrids.arms(corpora=["a.npz"], rigs=["eager layers"])
+    for _, arm, spec in specs[:2]:
+        made_records.write(folder, spec, **made(1000.0 if arm == PADDED else 1500.0))
+    for strategy, rate in (("padding", 1000.0), ("minibatch_packing", 1000.0 * packed)):
+        made_records.write(folder, RunSpec(corpus="b.npz", strategy=strategy, batch_size=1), **made(rate))
+    first, *rest = hybrids.findings(hybrids.table(specs, folder))
+    line = "a run: other runs of this folder are in doubt (control off); none of them is shown here."
+    assert "1.50 × the 1,000" in first and rest == ([line] if packed > 1.1 else [])
+    assert not any(isinstance(sentence, Doubt) for sentence in rest)
 
 
 def test_arms_differ_in_what_they_are_called_by():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from packlib.lab import records
+from packlib.lab.doubts import Doubt
 from packlib.lab.pages import reproduce
 from packlib.lab.runs.spec import Rig, RunSpec
 from packlib.lab.studies import ladder, next_rung, parity
@@ -94,27 +95,27 @@ def test_a_last_rung_without_a_record_stands_inside_the_frame():
     assert ax.get_window_extent().contains(*text.get_window_extent().get_points().mean(axis=0))
 
 
-def test_a_rung_with_wrong_gradients_is_not_climbed_on():
+def test_a_rung_with_wrong_gradients_is_not_climbed_on(tmp_path):
     arms = ladder.arms(BASE, FULL_ROWS, ["full rows", "lean optimiser", "float8"])
     found = [{"status": "ok", "error": None} | made(rate) for rate in (1000.0, 1200.0, 2000.0)]
     for record, norm in zip(found, (4.0, 4.02, 1e16)):
         record["trace"]["grad_norm"] = [4.0, norm]
     table = ladder.climb_table(arms, found)
     assert table["status"].tolist() == ["ok", "ok", "wrong gradients"]
-    said = " ".join(ladder.findings(table))
+    said = " ".join(ladder.findings(table, tmp_path))
     assert "'lean optimiser' runs at 1.2 times" in said and "2,000" not in said
     assert "'float8' has no result: wrong gradients, their norms differ" in said
     assert "2,000" not in ladder.climb_figure(table, FULL_ROWS).alt
 
 
-def test_float8_does_not_hide_what_is_fastest_without():
+def test_float8_does_not_hide_what_is_fastest_without(tmp_path):
     arms = ladder.arms(BASE, FULL_ROWS, ["TRL packing (bfd)", "lean optimiser", "smaller micro-batches", "float8"])
     found = [{"status": "ok", "error": None} | made(rate) for rate in (800.0, 1000.0, 1200.0, 1500.0)]
-    said = " ".join(ladder.findings(ladder.climb_table(arms, found)))
+    said = " ".join(ladder.findings(ladder.climb_table(arms, found), tmp_path))
     assert "without float8, 'smaller micro-batches' is the fastest (1,200, " in said
     assert "float8 runs at 1.25 times that" in said
     assert "'float8' runs at 1.88 times, 'smaller micro-batches' runs at 1.50 times 'TRL packing (bfd)'" in said
-    said = " ".join(ladder.findings(ladder.climb_table(arms[:3], found[:3])))
+    said = " ".join(ladder.findings(ladder.climb_table(arms[:3], found[:3]), tmp_path))
     assert "float8" not in said and "'smaller micro-batches' runs at 1.50 times 'TRL packing (bfd)'" in said
 
 
@@ -201,9 +202,9 @@ def test_a_row_says_what_its_record_says(climbed):
     assert table.loc[["compiled layers", "CUDA graphs"], list(ladder.NUMBERS[1:])].isna().all(axis=None)
 
 
-def test_sentences_follow_from_the_records(climbed):
+def test_sentences_follow_from_the_records(climbed, tmp_path):
     _, _, table = climbed
-    said = ladder.findings(table)
+    said = ladder.findings(table, tmp_path)
     assert (
         "corpus, mini-batches: 'flattened' runs at 1.5 times the real tokens/s of 'padded, SDPA' (1,500), " in said[0]
     )
@@ -217,12 +218,45 @@ def test_sentences_follow_from_the_records(climbed):
     assert "largest gain of one rung" not in text, "the rung below flattened was not measured"
 
 
-def test_packing_is_held_against_the_ratio_of_two_limits():
+RANKS = ("the fastest", "largest gain", "farthest off")
+
+
+@pytest.mark.parametrize("second", [0.1, 0.11])
+def test_a_climb_whose_own_repeats_are_off_says_so_and_ranks_nothing(tmp_path, second):
+    folder, known = records.run_folder(tmp_path / "a run"), ["full rows", "lean optimiser", "float8"]
+    arms = ladder.arms(BASE, FULL_ROWS, known)
+    for arm, rate in zip(arms, (1000.0, 1200.0, 1500.0)):
+        made_records.write(folder, arm.spec, **made(rate, step_seconds={"mean": 0.1, "p50": 0.1}))
+    again = made(1000.0, step_seconds={"mean": second, "p50": second})
+    made_records.write(folder, replace(arms[0].spec, repeat=1), **again)
+    said = ladder.findings(ladder.climb_table(arms, ladder.measure(arms, folder)), folder)
+    off, text = second > 0.1, "\n".join(said)
+    red = [sentence for sentence in said if isinstance(sentence, Doubt)]
+    assert [sentence[:24] for sentence in red] == (["a run: Repeats are off: "] if off else [])
+    assert "'float8' runs at 1.5 times the real tokens/s of 'full rows'" in text, "what was measured is still said"
+    assert "2 predictions come within 20%" in text
+    assert [word in text for word in RANKS] == [not off] * 3
+
+
+@pytest.mark.parametrize("packed", [1000.0, 1200.0])
+def test_other_runs_of_the_folder_take_nothing_back_from_a_climb(climbed, tmp_path, packed):
+    """Their control is of one example a batch, and eager; a plain line says that it is off."""
+    _, _, table = climbed
+    for strategy, rate in (("padding", 1000.0), ("minibatch_packing", packed)):
+        made_records.write(tmp_path, replace(BASE, strategy=strategy, batch_size=1), **made(rate))
+    said = ladder.findings(table, tmp_path)
+    others = [sentence for sentence in said if "in doubt" in sentence]
+    line = f"{tmp_path.name}: other runs of this folder are in doubt (control off); none of them is shown here."
+    assert others == ([line] if packed > 1000 else []) and "farthest off" in "\n".join(said)
+    assert not any(isinstance(sentence, Doubt) for sentence in said)
+
+
+def test_packing_is_held_against_the_ratio_of_two_limits(tmp_path):
     arms = ladder.arms(BASE, MINI_BATCHES, ["lean optimiser", "padded, same rig"])
     found = [
         {"status": "ok", "error": None} | made(rate, limit=limit) for rate, limit in ((1500.0, 3000), (1200.0, 2000))
     ]
-    said = "\n".join(ladder.findings(ladder.climb_table(arms, found)))
+    said = "\n".join(ladder.findings(ladder.climb_table(arms, found), tmp_path))
     assert "on one rig, flattened over padded is 1.25, 83% of the 1.50 that the limits allow" in said
 
 

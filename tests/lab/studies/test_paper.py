@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from packlib.lab import models, paper, records
+from packlib.lab.doubts import Doubt
 from packlib.lab.runs.spec import Rig, RunSpec
 from packlib.lab.studies import convergence
 from packlib.lab.studies import paper as comparison
@@ -25,7 +26,7 @@ TINY = RunSpec(model="tiny-llama", corpus="pydocs")
 DATA, STAND_INS = {"multitask": "FLAN", "pydocs": "FLAN", "math": "OrcaMath"}, {"tiny-llama": "mistral-7b"}
 
 
-def write(folder, spec, *, rate=0.0, memory=1e9, waste=1.0, status="ok", loss=None, steps=10, devices=1, concurrent=1):
+def write(folder, spec, *, rate=0.0, memory=1e9, waste=1.0, status="ok", loss=None, steps=10, devices=1, **environment):
     """A record as a measured run leaves it, without measuring."""
     metrics = {
         "tokens_per_s": {"mean": rate},
@@ -40,7 +41,7 @@ def write(folder, spec, *, rate=0.0, memory=1e9, waste=1.0, status="ok", loss=No
         "eval_loss_per_token": loss,
     }
     plan = {"examples": 1000, "rows": 250, "real_tokens": 500_000, "waste": waste}
-    environment = {"device_count": devices, "concurrent_runs": concurrent}
+    environment = {"device_count": devices, "concurrent_runs": 1} | environment
     made_records.write(folder, spec, status=status, metrics=metrics, plan=plan, environment=environment)
 
 
@@ -92,7 +93,7 @@ def test_offline_packing_is_multipack_and_a_run_out_of_memory_is_no_row(folder):
 def test_times_of_runs_that_shared_the_device_do_not_count(tmp_path):
     folder = records.run_folder(tmp_path / "shared")
     write(folder, GPU, rate=1000)
-    write(folder, replace(GPU, strategy="minibatch_packing"), rate=10, concurrent=2)
+    write(folder, replace(GPU, strategy="minibatch_packing"), rate=10, concurrent_runs=2)
     write(folder, replace(GPU, strategy="minibatch_packing", repeat=1), rate=1500)
     assert row(beside(folder), strategy="minibatch_packing", run="shared")["speed_up"] == 1.5
 
@@ -145,7 +146,7 @@ def test_an_empty_folder_shows_the_paper_with_empty_cells(tmp_path):
     assert shown.loc[("not measured", "mistral-7b", "FLAN", "padding"), ("real tokens/s", "paper")] == "742"
     assert list(comparison.settings(comparison.speed_arms(frame))) == ["paper"]
     assert len(four) == 5 and set(four["source"]) == {"paper"}
-    said = comparison.findings(table, four, "nothing")
+    said = comparison.findings(table, frame, "nothing")
     assert said[0].startswith("Run nothing has no speed") and said[-1].startswith("17 of 17 rows")
 
 
@@ -209,16 +210,54 @@ def test_table_4_finds_the_arms_by_their_steps(trained):
 
 def test_findings_are_computed(trained):
     frame = comparison.measured(trained)
-    table, four = beside(trained), comparison.table_4(comparison.convergence_arms(frame))
-    said = "\n".join(comparison.findings(table, four, "somewhere"))
+    table = beside(trained)
+    said = "\n".join(comparison.findings(table, frame, "somewhere"))
     saved = 0.1 / (1 - row(table, strategy="minibatch_packing", run="somewhere")["floor"])
     assert "1.55 times as fast as padding, with a limit of 2.00, and takes 0.90 of its peak memory;" in said
     assert "the paper's mistral-7b on FLAN: 1.90 and 0.80" in said
     assert f"can change it saves {saved:.0%}" in said
     assert "2 speed-ups are known on both sides" in said and "farthest is offline packing + PosID" in said
-    assert f"{EPOCHS}: leaving out position ids costs +0.500 nats, in the paper +0.073" in said
-    assert f"{STEPS}: leaving out position ids costs +0.125 nats, in the paper +0.082" in said
+    found = {EPOCHS: ("+0.5000", "+0.073"), STEPS: ("+0.1250", "+0.082")}
+    for variant, (ours, theirs) in found.items():
+        interval = f"95 % interval {ours} to {ours}, inf standard errors, 2 seeds), a cost"
+        told = f"changes the loss by {ours} nats ({interval}; in the paper by {theirs}."
+        assert f"somewhere: tiny-llama on pydocs, {variant}: leaving out position ids {told}" in said
     assert "14 of 17 rows" in said and "nan" not in said
+
+
+def test_one_seed_has_no_interval_and_no_verdict(folder):
+    base = replace(TINY, batch_size=8, eval_examples=8, limit=320)
+    for arm in convergence.arms(base, rows_per_step=2, groups=["padding", STEPS], seeds=[0]):
+        write(folder, arm.spec, rate=1, loss=2.0 if arm.strategy == FIXED else 2.5)
+    frame = comparison.measured(folder)
+    said = [line for line in comparison.findings(beside(folder), frame, "somewhere") if "position ids" in line]
+    assert len(said) == 1 and "by -0.5000 nats (one seed, no interval); in the paper by +0.082." in said[0]
+
+
+@pytest.mark.parametrize("packed", [1010, 1200])
+def test_a_run_whose_control_is_off_says_so_first_and_ranks_nothing(folder, tmp_path, monkeypatch, packed):
+    """It is the farthest from the paper: of those that are left, another one is."""
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    doubted = records.run_folder(tmp_path / "papermill_runs" / "doubted")
+    math = replace(GPU, corpus="math_mistral_{split}.npz")
+    for spec in (math, replace(math, strategy="multipack_posid"), replace(math, batch_size=1)):
+        write(doubted, spec, rate=1000, waste=2.0)
+    write(doubted, replace(math, strategy="minibatch_packing"), rate=100)
+    write(doubted, replace(math, strategy="minibatch_packing", batch_size=1), rate=packed)
+
+    def said(here, published):
+        frame = comparison.measured(here, published)
+        return comparison.findings(beside(here, published), frame, here.name)
+
+    both, off = said(folder, ["doubted"]), packed == 1200
+    red = [line for line in both if isinstance(line, Doubt)]
+    assert [line[:29] for line in red] == (["doubted: The control is off: "] if off else []) and red == both[: len(red)]
+    (ranked,) = [line for line in both if "known on both sides" in line]
+    assert ("runs in doubt left out, farthest is offline packing + PosID, somewhere" in ranked) == off
+    assert ("; farthest is MiniBatchPacking + PosID, doubted" in ranked) == (not off)
+    assert any(line.startswith("doubted, mistral-7b on math_mistral: MiniBatch") for line in both), "still said"
+    assert any("farthest" in line for line in said(doubted, [])) == (not off)
+    assert not any(isinstance(line, Doubt) for line in said(folder, [])), "nothing is said against the other run"
 
 
 def test_bars_carry_their_limit_and_no_number_lies_under_it(folder):
@@ -243,6 +282,33 @@ def test_a_gpu_of_two_that_share_states_has_half_of_them(tmp_path):
     packed = row(beside(folder), run="two", strategy="minibatch_packing")
     parameters = models.parameter_count(models.model_config("mistral-7b")).total
     assert packed["floor"] == pytest.approx(8 * parameters / 2 / 40e9)
+
+
+@pytest.mark.parametrize("two", [True, False])
+def test_of_a_model_on_one_gpu_and_on_two_the_two_are_compared(tmp_path, two):
+    """Not the rungs that notebook 08 climbs on one of them, if there are two."""
+    folder = records.run_folder(tmp_path / "both")
+    for spec, rate in ((GPU, 1000), (replace(GPU, world_size=2, rig=Rig(shard=True)), 1500))[: 1 + two]:
+        write(folder, spec, rate=1000, waste=2.0)
+        write(folder, replace(spec, strategy="minibatch_packing"), rate=rate)
+    lfm = replace(GPU, model="lfm2-1.2b")
+    write(folder, lfm, rate=1000, waste=2.0)
+    write(folder, replace(lfm, strategy="minibatch_packing"), rate=1300)
+    table = beside(folder)
+    packed = row(table, run="both", model="mistral-7b", strategy="minibatch_packing")
+    assert packed["speed_up"] == (1.5 if two else 1.0) and packed["speed_up_paper"] == pytest.approx(1408 / 742)
+    assert row(table, run="both", model="lfm2-1.2b", strategy="minibatch_packing")["speed_up"] == 1.3
+    machine = comparison.settings(comparison.speed_arms(comparison.measured(folder))).loc["machine", "both"]
+    each = ["1 x GPU, not sharded (lfm2-1.2b)", "2 x GPU, FSDP2 (mistral-7b)"]
+    assert sorted(machine.split("; ")) == (each if two else ["1 x GPU, not sharded"]), "with its models, or one for all"
+
+
+def test_the_same_arm_on_two_devices_counts_twice(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "project_root", lambda: tmp_path)
+    other = records.run_folder(tmp_path / "papermill_runs" / "other")
+    for strategy in ("padding", "minibatch_packing"):
+        write(other, replace(GPU, strategy=strategy), rate=7, created="2026-02-02", device="another GPU")
+    assert set(comparison.speed_arms(comparison.measured(folder, ["other"]))["run"]) == {"somewhere", "other"}
 
 
 def test_memory_with_adapters_has_no_floor_and_leaves_the_axis_to_the_ratios(folder):
@@ -273,6 +339,7 @@ def test_every_run_has_its_figures(trained):
     ):
         figure.canvas.draw()
         assert figure.alt and "\n" not in figure.alt
+    assert figure.get_suptitle() == "somewhere: tiny-llama on pydocs: each arm minus padding, paper and here"
 
 
 def test_without_a_run_the_papers_bars_are_shown(tmp_path):
