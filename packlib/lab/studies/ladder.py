@@ -485,11 +485,12 @@ def climb_figure(table: pd.DataFrame, climb: str, *, here: str = "") -> Picture:
         ax.set_yticks(range(len(names)), [f"({n})" if n in beside else n for n in names])
         ax.grid(axis="y", visible=False)
     axes[0].set_ylim(len(names) - 0.4, -0.6)  # from the top down, also where the last one was not measured
-    meanings = [
+    meanings: list[Any] = [
         axes[-1].plot([], [], **figures.LIMIT, label="limit: what the device's measured rates allow")[0],
         axes[-1].plot([], [], **PREDICTED, label="predicted from the rung below")[0],
-        axes[-1].barh([0], [0], **BESIDE, edgecolor="white", label="(beside the climb)"),
     ]
+    if beside:
+        meanings.append(axes[-1].barh([0], [0], **BESIDE, edgecolor="white", label="(beside the climb)"))
     figure.legend(handles=meanings, loc="outside lower center", ncols=2 if len(corpora) == 1 else 3)
     return figures.head(figure, title)
 

@@ -95,6 +95,14 @@ def test_a_last_rung_without_a_record_stands_inside_the_frame():
     assert ax.get_window_extent().contains(*text.get_window_extent().get_points().mean(axis=0))
 
 
+def test_the_legend_of_a_climb_names_what_is_drawn():
+    for rungs, said in ((["full rows", "float8"], False), (["TRL packing (bfd)", "full rows"], True)):
+        arms = ladder.arms(BASE, FULL_ROWS, rungs)
+        table = ladder.climb_table(arms, [{"status": "ok", "error": None} | made(1000.0) for _ in arms])
+        (legend,) = ladder.climb_figure(table, FULL_ROWS).legends
+        assert ("(beside the climb)" in [text.get_text() for text in legend.get_texts()]) == said
+
+
 def test_a_rung_with_wrong_gradients_is_not_climbed_on(tmp_path):
     arms = ladder.arms(BASE, FULL_ROWS, ["full rows", "lean optimiser", "float8"])
     found = [{"status": "ok", "error": None} | made(rate) for rate in (1000.0, 1200.0, 2000.0)]
