@@ -40,7 +40,11 @@ class Desk:
         self.command("docmanager:open", path=f"notebooks/{name}.ipynb")
         self.page.wait_for_selector(f'.lm-TabBar-tab.jp-mod-current[title*="{name}"]')
         self.page.wait_for_selector(".jp-Notebook .jp-Cell")
-        self.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')  # the kernel has answered
+        self.kernel_answers()
+
+    def kernel_answers(self):
+        """Wait for it: its name is a change of the notebook, and closing one that it comes to late would ask."""
+        self.page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]:visible').wait_for()
 
     def command(self, name, **arguments):
         self.page.evaluate("([name, options]) => jupyterapp.commands.execute(name, options)", [name, arguments])
@@ -72,7 +76,7 @@ class Desk:
 
     def clear(self):
         """Close what is open and end its kernels."""
-        self.command("docmanager:save-all")  # a kernel's name is a change: closing would ask
+        self.command("docmanager:save-all")  # a kernel's name is a change
         self.command("application:close-all")
         self.page.wait_for_selector(".jp-Notebook", state="detached")
         for session in json.load(urllib.request.urlopen(f"{self.address}/api/sessions")):
@@ -148,6 +152,7 @@ def test_links_lead_to_notebooks(at):
     at.open(NOTEBOOKS[0])
     at.page.locator(".jp-RenderedMarkdown a", has_text=NOTEBOOKS[2]).first.click()
     at.page.wait_for_selector(f'.lm-TabBar-tab.jp-mod-current[title*="{NOTEBOOKS[2]}"]')
+    at.kernel_answers()
     assert not at.wrong
 
 
