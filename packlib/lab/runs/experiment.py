@@ -74,7 +74,8 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
     # 1. What has a record, and what is left to run.
     for i, spec in enumerate(specs):
         record = records.find_record(folder, spec.spec_id, contents[spec.corpus, spec.tokenizer])
-        if record and not _tried_again(record):
+        here = contents[spec.corpus, spec.tokenizer] is not None
+        if record and not _tried_again(record, here):
             found[i] = record
         elif contents[spec.corpus, spec.tokenizer] is None:
             before = f"{spec.strategy} failed on it before" if record else f"{spec.strategy} has no record on it"
@@ -119,9 +120,13 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
     return done
 
 
-def _tried_again(record: dict[str, Any]) -> bool:
-    """Whether the next run may end otherwise: this one failed, or had to share the memory that it lacked."""
-    return record["status"] == "failed" or (record["status"] == "oom" and not records.had_device_alone(record))
+def _tried_again(record: dict[str, Any], here: bool) -> bool:
+    """Whether the next run may end otherwise: this one failed, or had to share the memory that it lacked.
+
+    here: whether its data are. Without, what lacked memory is a result like any other, to be drawn.
+    """
+    shared = record["status"] == "oom" and not records.had_device_alone(record)
+    return record["status"] == "failed" or (shared and here)
 
 
 def _at_once(one: Callable[[int], None], left: list[int], stop: threading.Event) -> None:

@@ -347,6 +347,11 @@ def test_a_run_that_found_no_memory_beside_others_is_tried_again(tmp_path, monke
         assert experiment.run([BASE], folder)[0]["status"] == status
         assert len(run_one.ran) == tried, (beside, tried)
     assert len(list(folder.glob("superseded/*.json"))) == 1
+    published = records.run_folder(tmp_path / "published")
+    monkeypatch.setenv(records.CONCURRENT, "2")
+    experiment.run([BASE], published)
+    monkeypatch.setattr(experiment, "content_sha256", lambda corpus, tokenizer: None)
+    assert experiment.run([BASE], published)[0]["status"] == "oom", "where the data are not, it is drawn as it is"
 
 
 class Clock:
