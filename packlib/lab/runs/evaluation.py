@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from packlib.collators import IGNORE_INDEX, PaddingCollator
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, corpus: Corpus, *, max_slots: int = 8192, by_position: bool = False
+    model: PreTrainedModel, corpus: Corpus, *, max_slots: int = 4096, by_position: bool = False
 ) -> dict[str, Any]:
     """Loss of `model` on the examples of `corpus`, each alone on its line.
 
@@ -45,12 +46,12 @@ def evaluate(
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), labels, ignore_index=IGNORE_INDEX, reduction="none"
-        )
+        scored = labels != IGNORE_INDEX
+        loss = torch.zeros(labels.shape, device=logits.device)
+        loss[scored] = cross_entropy(logits[scored].float(), labels[scored], reduction="none")
         sums.append(loss.double().sum(1).cpu())
-        counts.append((labels != IGNORE_INDEX).sum(1).cpu())
-        at = torch.stack([loss.double().sum(0), (labels != IGNORE_INDEX).sum(0)]).cpu().numpy()  # of positions from 1
+        counts.append(scored.sum(1).cpu())
+        at = torch.stack([loss.double().sum(0), scored.sum(0)]).cpu().numpy()  # of positions from 1
         bits = np.frexp(np.arange(1, at.shape[1] + 1))[1] - 1
         for values, seen in zip(places, at):
             np.add.at(values, bits, seen)
