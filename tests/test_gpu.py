@@ -19,12 +19,21 @@ from packlib.losses import token_weights, weighted_loss
 from tests.attention.cases import LENGTHS, boundaries, features, packed, random_qkv, run, worst
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def lacks(kernel):
+    """What keeps a kernel from the GPU that is here, or from this machine without one; "" where nothing does."""
+    return next(row["why_not"] for row in kernel_table("cuda", torch.bfloat16) if row["kernel"] == kernel)
+
+
 KERNELS = [
     "torch_varlen",
     "flex",
     pytest.param("flash_attn", marks=pytest.mark.skipif(FLASH_ATTN is None, reason="needs flash-attn")),
+    pytest.param("flash_attn_4", marks=pytest.mark.skipif(bool(lacks("flash_attn_4")), reason=lacks("flash_attn_4"))),
 ]
-NAME = {name: f"packlib_{name.removeprefix('flash_')}" for name in ("flash_attn", "torch_varlen", "flex", "sdpa")}
+NAMES = ("flash_attn", "flash_attn_4", "torch_varlen", "flex", "sdpa")
+NAME = {name: f"packlib_{name.removeprefix('flash_')}" for name in NAMES}
 
 
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
@@ -131,6 +140,22 @@ def test_bfloat16_gradients(model_type, kernel):
 
     unpacked, together = error(gradients(torch.bfloat16, "sdpa", False)), error(gradients(torch.bfloat16, name, True))
     assert together <= 2 * unpacked
+
+
+@pytest.mark.skipif(bool(lacks("flash_attn_4")), reason=lacks("flash_attn_4"))
+def test_compiled_layers_go_on_behind_flash_attn_4():
+    """It cannot be traced: a graph ends before it, another begins, and the gradients are those of eager layers."""
+    batch = on_gpu(FlatteningCollator()(features((40, 9, 64, 23))))
+    found = []
+    for compiled in (False, True):
+        attention = register_attention("flash_attn_4", NAME["flash_attn_4"])
+        model = small_model("llama", attention, torch.bfloat16).to("cuda").train()
+        if compiled:
+            rig.compile_layers(model, dynamic=False)
+        model(**batch, use_cache=False).loss.backward()
+        found.append({name: p.grad.float() for name, p in model.named_parameters()})
+    apart = {name: float((found[1][name] - eager).norm() / eager.norm()) for name, eager in found[0].items()}
+    assert max(apart.values()) <= 0.05, {name: value for name, value in apart.items() if value > 0.05}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,13 +3,13 @@
 A packed row is [T, H, D] with boundaries `cu_seqlens`; a token sees only its own segment. `reference` is the slow
 obvious version; the others are held against it. What they trade: `reference` builds T × T scores; `sdpa` makes one call
 per segment, so work is Σ n² and no mask is ever built (what makes packing pay on a CPU), at one launch per segment on a
-GPU; `flash_attn` and `torch_varlen` are one launch, half precision only; `flex` compiles for each bucket of T and
-builds a block mask per batch. The caller chooses; `auto` picks once and says so. Only `sdpa` needs lengths on the host:
-one synchronisation a batch, remembered on the tensor. The others need none.
+GPU; `flash_attn`, `flash_attn_4` and `torch_varlen` are one launch, half precision only; `flex` compiles for each
+bucket of T and builds a block mask per batch. The caller chooses; `auto` picks once and says so. Only `sdpa` needs
+lengths on the host: one synchronisation a batch, remembered on the tensor. The others need none.
 
-All can be traced by `torch.compile(fullgraph=True)`: boundaries are data of a graph, not part of it, so that other
-boundaries of the same shape compile nothing. There `sdpa` is one opaque operator: it loops over segments, and its
-backward computes their scores once more.
+All but `flash_attn_4`, which ends a graph, can be traced by `torch.compile(fullgraph=True)`: boundaries are data of a
+graph, not part of it, so that other boundaries of the same shape compile nothing. There `sdpa` is one opaque operator:
+it loops over segments, and its backward computes their scores once more.
 """
 
 import importlib
@@ -243,14 +243,49 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
     return FLASH_ATTN(q, k, v, *boundaries, softmax_scale=call.scale, **options)
 
 
-def _half_on_ampere(device: torch.device, dtype: torch.dtype) -> str:
-    if device.type != "cuda":
-        return f"needs a CUDA device, not {device.type}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return (
-        "" if torch.cuda.get_device_capability(device) >= (8, 0) else "needs compute capability 8.0 (Ampere) or later"
+@cache
+def _load_flash_attn_4() -> Callable[..., Any]:
+    """The function of the flash-attn-4 package, which brings a compiler and takes seconds to import.
+
+    A compiled graph ends before it and goes on behind it. Raises as the import does.
+    """
+    distribution("flash-attn-4")
+    return torch.compiler.disable(importlib.import_module("flash_attn.cute").flash_attn_varlen_func)
+
+
+@_same_head_dim
+def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    out, _ = _load_flash_attn_4()(
+        *(q, k, v),
+        cu_seqlens_q=call.cu_seqlens,
+        cu_seqlens_k=call.cu_seqlens,
+        max_seqlen_q=call.max_seqlen,
+        max_seqlen_k=call.max_seqlen,
+        softmax_scale=call.scale,
+        causal=call.causal,
+        window_size=tuple(None if side < 0 else side for side in call.sides),
+        softcap=call.softcap or 0.0,
     )
+    return out
+
+
+def _half_since(capability: tuple[int, int], generation: str) -> Callable[[torch.device, torch.dtype], str]:
+    """What a kernel for half precision lacks, that needs GPUs of a generation."""
+
+    def missing(device: torch.device, dtype: torch.dtype) -> str:
+        if device.type != "cuda":
+            return f"needs a CUDA device, not {device.type}"
+        if not torch.cuda.is_available():
+            return "needs a CUDA device, and there is none here"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"needs float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+        needed = f"needs compute capability {'.'.join(map(str, capability))} ({generation}) or later"
+        return "" if torch.cuda.get_device_capability(device) >= capability else needed
+
+    return missing
+
+
+_half_on_ampere, _half_on_hopper = _half_since((8, 0), "Ampere"), _half_since((9, 0), "Hopper")
 
 
 def _anywhere(device: torch.device, dtype: torch.dtype) -> str:
@@ -263,6 +298,18 @@ def _has_torch_varlen(device: torch.device, dtype: torch.dtype) -> str:
 
 def _has_flash_attn(device: torch.device, dtype: torch.dtype) -> str:
     return _half_on_ampere(device, dtype) if FLASH_ATTN else _NO_FLASH_ATTN
+
+
+def _has_flash_attn_4(device: torch.device, dtype: torch.dtype) -> str:
+    if reason := _half_on_hopper(device, dtype):
+        return reason
+    try:
+        _load_flash_attn_4()
+    except PackageNotFoundError:
+        return "the flash-attn-4 package is not installed"
+    except (ImportError, OSError, AttributeError) as error:
+        return f"the flash-attn-4 package does not load: {error}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -281,6 +328,9 @@ KERNELS: MappingProxyType[str, Kernel] = MappingProxyType(
         "flash_attn": Kernel(_flash_attn, _has_flash_attn, True, "one launch; the flash-attn package"),
         "torch_varlen": Kernel(
             _torch_varlen, _has_torch_varlen, False, "one launch; PyTorch's copy of the flash kernel"
+        ),
+        "flash_attn_4": Kernel(
+            _flash_attn_4, _has_flash_attn_4, True, "one launch; the flash-attn-4 package, compiles at first use"
         ),
         "sdpa": Kernel(_sdpa, _anywhere, False, "one call per segment, no mask; lengths on the host"),
         "flex": Kernel(_flex, _anywhere, True, "compiled; one block mask per batch; on a CPU forward only"),

@@ -24,6 +24,7 @@ import pandas as pd
 from packlib.atomic import atomic_write
 
 CONCURRENT = "PACKLIB_CONCURRENT_RUNS"
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "flash-attn", "flash-attn-4")
 
 
 def project_root() -> Path:
@@ -156,7 +157,7 @@ def environment(data_sha256: str | None = None) -> dict[str, Any]:
     return {
         **_git(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "trl", "datasets", "accelerate", "flash-attn")},
+        **{name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
         "driver": _driver() if cuda else None,
         "device": torch.cuda.get_device_name() if cuda else _processor(),

@@ -174,3 +174,40 @@ def test_a_flash_attn_that_was_built_for_another_pytorch_is_none(monkeypatch):
     monkeypatch.setattr(kernels.importlib, "import_module", load)
     function, reason = kernels._import_flash_attn()
     assert function is None and reason.startswith("the flash-attn package does not load: undefined symbol")
+
+
+def test_flash_attn_4_is_asked_in_its_own_words(monkeypatch):
+    """What is hidden is None there, and -1 elsewhere; the function returns two things."""
+    qkv, asked = random_qkv((5, 3)), []
+
+    def function(q, k, v, **options):
+        asked.append(options)
+        return varlen_attention(q, k, v, options["cu_seqlens_q"], options["max_seqlen_q"], kernel="sdpa"), None
+
+    monkeypatch.setattr(kernels, "_load_flash_attn_4", lambda: function)
+    monkeypatch.setattr(kernels, "_half_on_hopper", lambda device, dtype: "")
+    kernels._resolve.cache_clear()
+    try:
+        for causal, window, sides in [
+            (True, None, (None, 0)),
+            (True, 3, (2, 0)),
+            (False, None, (None, None)),
+            (False, 3, (2, 2)),
+        ]:
+            out = varlen_attention(
+                *qkv, boundaries((5, 3)), 5, causal=causal, window=window, softcap=7.0, kernel="flash_attn_4"
+            )
+            assert out.shape == qkv[0].shape and asked[-1]["window_size"] == sides and asked[-1]["causal"] is causal
+            assert asked[-1]["softcap"] == 7.0 and asked[-1]["softmax_scale"] == qkv[0].shape[-1] ** -0.5
+    finally:
+        kernels._resolve.cache_clear()
+
+
+def test_a_flash_attn_4_that_does_not_load_says_why(monkeypatch):
+    def load():
+        raise ImportError("libcute.so: cannot open shared object file")
+
+    monkeypatch.setattr(kernels, "_half_on_hopper", lambda device, dtype: "")
+    assert kernels._has_flash_attn_4(torch.device("cpu"), torch.bfloat16) == "the flash-attn-4 package is not installed"
+    monkeypatch.setattr(kernels, "_load_flash_attn_4", load)
+    assert "does not load: libcute.so" in kernels._has_flash_attn_4(torch.device("cpu"), torch.bfloat16)

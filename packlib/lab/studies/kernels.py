@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from packlib.attention import flex
-from packlib.attention.kernels import Call, resolve_kernel, varlen_attention
+from packlib.attention.kernels import KERNELS, Call, resolve_kernel, varlen_attention
 from packlib.lab import figures, records
 from packlib.lab.figures import COLORS, Picture
+from packlib.lab.parameters import unknown_name
 from packlib.lab.runs.clock import matmul_ceiling
 from packlib.lab.strategies import Look
 
@@ -54,6 +55,33 @@ def specs(shared: Spec, mixes: Sequence[str], tokens: Sequence[int]) -> list[dic
     """Every arm on every mix of lengths and number of tokens in a batch; shared: the other fields of a spec."""
     return [
         dict(shared) | {"arm": arm, "mix": mix, "tokens": count} for mix in mixes for count in tokens for arm in ARMS
+    ]
+
+
+def of_kernels(
+    folder: Path, shared: Spec, mix: str, tokens: Sequence[int], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The varlen arm on each of these kernels, on one mix of lengths and every number of tokens.
+
+    A kernel that does not work here is left out, and logged with the reason, unless it has its record in `folder`.
+    Raises `ValueError` for an unknown one.
+    """
+    found = [
+        dict(shared) | {"arm": "varlen", "mix": mix, "tokens": count, "kernel": name}
+        for count in tokens
+        for name in names
+    ]
+    reasons = {}
+    for name in names:
+        if name not in KERNELS:
+            raise unknown_name("kernel", name, KERNELS)
+        if reason := KERNELS[name].missing(torch.device(shared["device"]), _dtype(shared)):
+            reasons[name] = reason
+            logger.warning("%s is not timed: %s", name, reason)
+    return [
+        spec
+        for spec in found
+        if spec["kernel"] not in reasons or records.read_record(folder, records.run_id(spec)) is not None
     ]
 
 
@@ -166,6 +194,7 @@ def measure(spec: Spec) -> dict[str, Any]:
     step = float(np.median(masks) + spec["layers"] * np.median(layers))
     flops = useful_flops(lengths, spec["heads"], spec["head_dim"]) / (1 if backward else 1 + BACKWARD)
     return {
+        "kernel": resolve_kernel(spec["kernel"], device, dtype) if spec["arm"] == "varlen" else None,
         "examples": len(lengths),
         "slots": int(np.prod(shape)),
         "waste": len(lengths) * int(lengths.max()) / int(lengths.sum()),
@@ -246,6 +275,27 @@ def timing_table(table: pd.DataFrame) -> pd.DataFrame:
     }
     shown = table.sort_values(["tokens", "arm"]).rename(columns=metrics)
     return shown.assign(arm=shown["arm"].map(arm_label))[["tokens", "arm", *metrics.values(), "status"]]
+
+
+def beside_each_other(table: pd.DataFrame) -> pd.DataFrame:
+    """Kernel by kernel, what the varlen arm does at each number of tokens (`of_kernels`): useful FLOP/s.
+
+    Columns are numbers of tokens, then `share of the ceiling` at the largest; the fastest there on top.
+    """
+    speed = table.pivot_table(index="kernel", columns="tokens", values="metrics.useful_flops_per_s", sort=False)
+    largest = table[table["tokens"] == table["tokens"].max()].set_index("kernel")
+    share = largest["metrics.useful_flops_per_s"] / largest["metrics.matmul_flops_ceiling"]
+    return speed.assign(**{"share of the ceiling": share}).sort_values("share of the ceiling", ascending=False)
+
+
+def kernel_findings(table: pd.DataFrame) -> list[str]:
+    """Which kernel is the fastest at most tokens, and by how much; nothing with fewer than two."""
+    if table["kernel"].nunique() < 2:
+        return []
+    largest = table[table["tokens"] == table["tokens"].max()].set_index("kernel")
+    speed = largest["metrics.useful_flops_per_s"].sort_values(ascending=False)
+    others = ", ".join(f"{speed.iloc[0] / rate:.2f} times that of {name}" for name, rate in speed.iloc[1:].items())
+    return [f"Of varlen kernels, {speed.index[0]} does most at {largest['tokens'].iloc[0]} tokens: {others}."]
 
 
 def arm_label(arm: str) -> str:

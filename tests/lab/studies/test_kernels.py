@@ -166,3 +166,35 @@ def test_figures_draw_every_arm(timed):
         names = [text.get_text() for text in ax.get_legend().get_texts()]
         assert {label for label, _ in ARMS.values()} <= set(names)
         assert ax.get_ylabel() and "varlen does 2.0 to" in figure.alt
+
+
+def test_kernels_beside_each_other_are_those_that_work_here_or_have_a_record(tmp_path, caplog):
+    folder, names = records.run_folder(tmp_path), ["reference", "flash_attn", "sdpa"]
+    specs = kernels.of_kernels(folder, SPEC, "even", [128, 256], names)
+    assert [(spec["kernel"], spec["tokens"]) for spec in specs] == [
+        ("reference", 128),
+        ("sdpa", 128),
+        ("reference", 256),
+        ("sdpa", 256),
+    ]
+    assert "flash_attn is not timed: " in caplog.text
+    elsewhere = dict(SPEC) | {"arm": "varlen", "mix": "even", "tokens": 128, "kernel": "flash_attn"}
+    records.write_record(folder, records.unfinished(records.run_id(elsewhere), elsewhere, "oom", "too large"))
+    assert elsewhere in kernels.of_kernels(folder, SPEC, "even", [128], names), "a published one is redrawn"
+    if not torch.cuda.is_available():
+        assert kernels.of_kernels(folder, dict(SPEC) | {"device": "cuda"}, "even", [128], ["torch_varlen"]) == []
+    with pytest.raises(ValueError, match="flsh"):
+        kernels.of_kernels(folder, SPEC, "even", [128], ["flsh"])
+
+
+def test_the_fastest_kernel_leads(tmp_path):
+    folder = records.run_folder(tmp_path)
+    timed = kernels.sweep(folder, kernels.of_kernels(folder, SPEC, "even", [128, 256], ["reference", "sdpa"]))
+    assert set(timed["metrics.kernel"]) == {"reference", "sdpa"}
+    timed["metrics.useful_flops_per_s"] = [float(10 * (i + 1)) for i in range(len(timed))]
+    table = kernels.beside_each_other(timed)
+    last = timed[timed["tokens"] == 256].set_index("kernel")["metrics.useful_flops_per_s"]
+    assert table.index[0] == last.idxmax() and table[256].to_dict() == last.to_dict()
+    (said,) = kernels.kernel_findings(timed)
+    assert said.startswith(f"Of varlen kernels, {last.idxmax()} does most at 256 tokens: {last.max() / last.min():.2f}")
+    assert kernels.kernel_findings(timed[timed["kernel"] == "sdpa"]) == []
