@@ -198,19 +198,33 @@ def bars_with_limits(table: pd.DataFrame, title: str, *, width: float | None = N
     return head(figure, title)
 
 
-def forest(table: pd.DataFrame, title: str, xlabel: str) -> Picture:
+def forest(table: pd.DataFrame, title: str, xlabel: str, *, panels: str = "") -> Picture:
     """Differences of a loss with their 95 % intervals, one row each, zero marked.
 
-    table: `label, strategy, difference, low, high, n` in nats (low and high may be NaN, for a single seed).
+    table: `label, strategy, difference, low, high, n` in nats (low and high may be NaN, for a single seed). panels: a
+    column; rows of one value of it are a panel, the panels stand side by side, and a label has one line in all.
     """
-    figure, (ax,) = new(9.5, 0.42 * len(table) + 1.7, title)
-    for y, row in enumerate(table.itertuples()):
-        color, _, marker = style(row.strategy)
-        error = [[row.difference - row.low], [row.high - row.difference]] if np.isfinite(row.low) else None
-        ax.errorbar(row.difference, y, xerr=error, color=color, marker=marker, markersize=8, capsize=4, linewidth=1.8)
-    ax.axvline(0, color="black", linewidth=1)
-    ax.set_yticks(range(len(table)), [f"{row.label} (n={row.n})" for row in table.itertuples()])
-    ax.set(xlabel=f"{xlabel}\n(nats; right of 0 is worse)", ylim=(len(table) - 0.4, -0.6))
+    names = list(dict.fromkeys(table["label"]))
+    groups = list(table.groupby(panels, sort=False)) if panels else [("", table)]
+    figure, axes = new(9.5 if len(groups) == 1 else 11.5, 0.42 * len(names) + 1.9, title, len(groups), sharey=True)
+    for ax, (panel, rows) in zip(axes, groups):
+        for row in rows.itertuples():
+            color, _, marker = style(row.strategy)
+            error = [[row.difference - row.low], [row.high - row.difference]] if np.isfinite(row.low) else None
+            ax.errorbar(
+                *(row.difference, names.index(row.label)),
+                xerr=error,
+                color=color,
+                marker=marker,
+                markersize=8,
+                capsize=4,
+                linewidth=1.8,
+            )
+        ax.axvline(0, color="black", linewidth=1)
+        ax.set(xlabel=f"{xlabel}\n(nats; right of 0 is worse)", title=panel)
+    seeds = table.drop_duplicates("label").set_index("label")["n"]
+    axes[0].set_yticks(range(len(names)), [f"{name} (n={seeds[name]})" for name in names])
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
     return head(figure, title)
 
 

@@ -308,8 +308,12 @@ def paired_differences(frame: pd.DataFrame, value: str, base: str = "padding", a
     """Difference of `value` to the arm `base`, seed by seed, with a 95 % interval over seeds.
 
     frame: a row a run with `seed`, `strategy` and the columns `arm` and `value`. Returns a row an arm:
-    `label, strategy, difference, low, high, standard_errors, n` in the unit of `value`.
+    `label, strategy, difference, low, high, standard_errors, n` in the unit of `value`. Raises `ValueError` where an
+    arm has two runs of a seed: they are of two settings, and no pair.
     """
+    if len(twice := frame[frame.duplicated([arm, "seed"])]):
+        found, seed = twice[[arm, "seed"]].iloc[0]
+        raise ValueError(f"arm {found!r} has more than one run of seed {seed}; expected the runs of one setting")
     reference = frame[frame[arm] == base].set_index("seed")[value]
     rows = []
     for name, group in frame[frame[arm] != base].groupby(arm, sort=False):

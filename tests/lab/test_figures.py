@@ -72,6 +72,22 @@ def test_forest_marks_zero_and_draws_no_interval_for_one_seed():
     assert any(list(line.get_xdata()) == [0, 0] for line in ax.lines)
 
 
+def test_a_label_has_one_line_in_all_panels_of_a_forest():
+    rows = [
+        ("a", "minibatch_packing", 0.1, 0.05, 0.15, 3, "per token"),
+        ("b", "multipack_posid", 0.2, 0.1, 0.3, 3, "per token"),
+        ("b", "multipack_posid", -0.2, -0.3, -0.1, 3, "per example"),
+    ]
+    table = pd.DataFrame(rows, columns=["label", "strategy", "difference", "low", "high", "n", "average"])
+    figure = figures.forest(table, "differences", "nats", panels="average")
+    drawn(figure)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["per token", "per example"]
+    heights = [
+        [float(y) for line in ax.lines if line.get_marker() in "D^" for y in line.get_ydata()] for ax in figure.axes
+    ]
+    assert heights == [[0.0, 1.0], [1.0]]
+
+
 def test_what_the_paper_does_not_say_is_written_out():
     rows = [
         ("Padding", "padding", "paper", 742.0),

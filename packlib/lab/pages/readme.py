@@ -184,17 +184,20 @@ def models(frame: pd.DataFrame, run: str) -> str:
 
 
 def losses(frame: pd.DataFrame, run: str) -> str:
-    """Validation losses of notebook 07's arms that leave learning rate and shuffling as they are."""
+    """Validation losses of notebook 07's arms that leave learning rate and shuffling as they are, rig by rig."""
     arms = convergence.recognised(records.read_records(records.run_folder(run, create=False)))
     wanted = {identity: arm for identity, arm in arms.items() if arm.variant in convergence.SHARES}
     found = frame[frame["run_id"].isin(wanted) & (frame["status"] == "ok")]
     rows = []
-    for (_, corpus), group in found.groupby(["model", "corpus"], sort=False):
+    rigs = found["run_id"].map({identity: arm.spec.rig.label for identity, arm in wanted.items()})
+    for (_, corpus, rig), group in found.groupby(["model", "corpus", rigs], sort=False):
+        place = f"{_data(corpus)} ({rig})" if rig else _data(corpus)
+        group = pd.concat([group[group["strategy"] == "padding"], group[group["strategy"] != "padding"]])
         labels = [wanted[identity].label for identity in group["run_id"]]
         group = group.assign(arm=labels, per_token=group["metrics.eval_loss_per_token"])
         told = {gap["label"]: convergence.tell(gap) for gap in convergence.differences(group).to_dict("records")}
         for name, runs in group.groupby("arm", sort=False):
-            row = {"corpus": _data(corpus), "batching": name, "steps": f"{runs['metrics.optimizer_steps'].mean():,.0f}"}
+            row = {"corpus": place, "batching": name, "steps": f"{runs['metrics.optimizer_steps'].mean():,.0f}"}
             row |= {"validation loss": f"{runs['per_token'].mean():.4f}", "minus padding's": told.get(name, "")}
             rows.append(row)
     if not rows:

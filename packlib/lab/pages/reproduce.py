@@ -1,7 +1,8 @@
 """Presets -> papermill -> executed notebooks, records, figures and a report.
 
 A preset is `papermill_runs/presets/<name>.yaml`: `description` (what it is for), `hardware`, `minutes` (about how
-many it takes there, where that is known), and `notebooks`, mapping a notebook to its parameters.
+many it takes there, where that is known), and `notebooks`, mapping a notebook to its parameters, or to the name of the
+preset that it shares them with.
 Each notebook's last cell writes `summaries/<notebook>.json`; a notebook counts as done only when papermill succeeded
 and that file is new. A call resumes where the one before stopped: what has a record is not run again.
 """
@@ -68,18 +69,21 @@ def listing() -> str:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """A preset's contents.
+    """A preset's contents, every notebook with its parameters.
 
     Raises `ValueError` for an unknown preset, notebook or parameter, listing the known ones, and for a value out of its
     range; `TypeError` for a parameter of another type than its default in the notebook.
     """
-    if name not in presets():
-        raise unknown_name("preset", name, presets())
-    preset = yaml.safe_load(presets()[name].read_text(encoding="utf-8"))
+    preset = _read_preset(name)
     known = {path.stem: path for path in notebooks()}
     for notebook, parameters in preset["notebooks"].items():
         if notebook not in known:
             raise unknown_name("notebook", notebook, known)
+        if isinstance(parameters, str):
+            shared = _read_preset(parameters)["notebooks"]
+            if not isinstance(shared.get(notebook, ""), dict):
+                raise ValueError(f"preset {name}, {notebook}: preset {parameters} has no parameters for it")
+            preset["notebooks"][notebook] = parameters = shared[notebook]
         declared = declared_parameters(known[notebook])
         for parameter in parameters or {}:
             if parameter not in declared:
@@ -89,6 +93,13 @@ def load_preset(name: str) -> dict[str, Any]:
         except (TypeError, ValueError, OSError) as error:
             raise type(error)(f"preset {name}, {notebook}: {error}") from None
     return preset
+
+
+def _read_preset(name: str) -> dict[str, Any]:
+    if name not in presets():
+        raise unknown_name("preset", name, presets())
+    read: dict[str, Any] = yaml.safe_load(presets()[name].read_text(encoding="utf-8"))
+    return read
 
 
 def notebooks() -> list[Path]:

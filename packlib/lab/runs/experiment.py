@@ -120,6 +120,27 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
     return done
 
 
+def run_here(
+    specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.info
+) -> list[dict[str, Any] | None]:
+    """`run` for those whose corpus is here; of the others the record, or None where there is none, in order.
+
+    So what is published of a run is redrawn where its data are not, and a line says what is missing of it. Raises as
+    `run` does, and `FileNotFoundError` where nothing can be run and `folder` has no record at all.
+    """
+    specs = list(specs)
+    here = [spec for spec in specs if content_sha256(spec.corpus, spec.tokenizer) is not None]
+    run(here, folder, progress=progress)
+    found = [find(spec, folder) for spec in specs]
+    missing = {spec.corpus for spec, record in zip(specs, found) if record is None}
+    if missing:
+        names = ", ".join(sorted(map(repr, missing)))
+        if not any(found) and not records.read_records(folder):
+            raise FileNotFoundError(f"corpus {names} is not here, and {folder.name} has no records")
+        progress(f"{found.count(None)} of {len(found)} arms have no record, and their corpus is not here: {names}")
+    return found
+
+
 def _tried_again(record: dict[str, Any], here: bool) -> bool:
     """Whether the next run may end otherwise: this one failed, or had to share the memory that it lacked.
 

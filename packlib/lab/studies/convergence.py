@@ -438,13 +438,9 @@ def _cell(value: Any) -> str:
 
 
 def every_arm(found: pd.DataFrame) -> pd.DataFrame:
-    """Every arm of one corpus against padding, per token and per example: `differences` with the average in `label`."""
-    rows = []
-    for name, value in AVERAGES.items():
-        table = differences(found, value=value)
-        if len(table):
-            rows.append(table.assign(label=table["label"] + f", {name}"))
-    return pd.concat(rows).sort_index(kind="stable") if rows else pd.DataFrame()
+    """Every arm of one corpus against padding: `differences`, and `average`, per token or per example."""
+    rows = [differences(found, value=value).assign(average=name) for name, value in AVERAGES.items()]
+    return pd.concat(rows, ignore_index=True)
 
 
 def atoms_table(found: pd.DataFrame) -> pd.DataFrame:
@@ -562,7 +558,8 @@ def cause_forest(table: pd.DataFrame, corpus: str) -> Picture:
 
 def arm_forest(table: pd.DataFrame, corpus: str) -> Picture:
     """`every_arm` as intervals."""
-    figure = figures.forest(table, f"{corpus}: every arm against padding", "validation loss minus padding's")
+    title = f"{corpus}: every arm against padding"
+    figure = figures.forest(table, title, "validation loss minus padding's", panels="average")
     figure.alt = f"Difference of every arm's validation loss to padding's on {corpus}, per token and per example"
     return figure
 

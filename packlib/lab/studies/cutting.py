@@ -9,11 +9,13 @@ a row begins with an example. Held-out examples are scored from their beginning,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from packlib.lab import figures, tables
@@ -42,8 +44,10 @@ WAYS = {  # strategy, how overlong examples are handed to it, and what it is cal
     "begin with an example, crop the last": (CROP, "cut"),
 }
 FURTHER = ("eval_tokens", "eval_loss_longest", "eval_loss_per_token_rest", "eval_tokens_rest")
+EARLY = 64  # tokens: the first ones of an example, which a cut may leave without what they follow from
 VALUES = {
     "every token": "every",
+    f"first {EARLY} tokens": "early",
     "first rows": "per_token",
     "first rows of long ones": "eval_loss_longest",
     "behind the first row": "eval_loss_per_token_rest",
@@ -74,17 +78,22 @@ def arms(settings: Sequence[Mapping[str, Any]], **shared: Any) -> list[Arm]:
 def measured(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
     """`convergence.results` with what is scored here, in nats per token, and `lost`, the share of tokens in no row.
 
-    `arm` is the way alone; `every` weighs the first max_tokens of the held-out examples and what lies behind them.
+    `arm` is the way alone; `early` is of the first EARLY tokens of held-out examples (octaves that begin below), and
+    `every` weighs the first max_tokens and what lies behind them.
     """
     found = results(folder, planned, FURTHER)
-    lost = []
+    lost, early = [], []
     for arm in planned:
-        plan = (experiment.find(arm.spec, folder) or {}).get("plan") or {}
+        record = experiment.find(arm.spec, folder) or {}
+        plan, metrics = record.get("plan") or {}, record.get("metrics") or {}
         total = plan.get("lost_tokens", 0) + plan.get("real_tokens", 0)
-        lost.append(plan["lost_tokens"] / total if total else float("nan"))
+        lost.append(plan["lost_tokens"] / total if total else math.nan)
+        first = [(loss * seen, seen) for at, loss, seen in metrics.get("eval_loss_by_position", ()) if at < EARLY]
+        losses, seen = np.sum(first, axis=0) if first else (math.nan, 1)
+        early.append(losses / seen)
     tokens, rest = found["eval_tokens"], found["eval_tokens_rest"].fillna(0)
     every = tokens * found["per_token"] + rest * found["eval_loss_per_token_rest"].fillna(0)
-    return found.assign(arm=found["variant"], lost=lost, every=every / (tokens + rest))
+    return found.assign(arm=found["variant"], lost=lost, early=early, every=every / (tokens + rest))
 
 
 def positions(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
@@ -130,7 +139,7 @@ def position_curves(table: pd.DataFrame, corpus: str) -> Picture:
 
 
 def findings(found: pd.DataFrame) -> list[str]:
-    """The best way on each corpus for each of VALUES, and how the others differ from BASE, in sentences."""
+    """For each of VALUES on each corpus: what differs from BASE, and what no interval decides, in sentences."""
     return [said for corpus, runs in by_corpus(found).items() for said in _findings(runs, corpus)]
 
 
@@ -141,9 +150,11 @@ def _findings(found: pd.DataFrame, corpus: str) -> list[str]:
         losses = ok.dropna(subset=value).groupby("arm", sort=False)[value].mean()
         if len(losses) < 2 or BASE not in losses:
             continue
-        told = [f"{row['label']} {tell(row)}" for row in differences(ok, BASE, value).to_dict("records")]
-        said.append(
-            f"{corpus}, {name}: “{losses.idxmin()}” has the lowest loss ({losses.min():.4f} nats); against “{BASE}”: "
-            f"{'; '.join(told)}."
-        )
+        gaps = differences(ok, BASE, value).sort_values("difference")
+        decided = (gaps["low"] > 0) | (gaps["high"] < 0)
+        told = [f"“{row['label']}” {tell(row)}" for row in gaps[decided].to_dict("records")]
+        open_ones = [f"“{row['label']}” ({row['difference']:+z.4f})" for _, row in gaps[~decided].iterrows()]
+        parts = ["; ".join(told) or "none is established to differ"]
+        parts += [f"undecided: {', '.join(open_ones)}"] if open_ones else []
+        said.append(f"{corpus}, {name}, against “{BASE}” ({losses[BASE]:.4f} nats): {'; '.join(parts)}.")
     return said

@@ -21,7 +21,6 @@ import numpy as np
 import pandas as pd
 
 from packlib.lab import doubts, figures, tables
-from packlib.lab.data.corpora import content_sha256
 from packlib.lab.figures import Picture
 from packlib.lab.parameters import unknown_name
 from packlib.lab.runs import experiment
@@ -280,9 +279,7 @@ def measure(arms: Sequence[Arm], folder: Path, *, progress: experiment.Progress 
     nothing can be run and nothing has a record, and as `experiment.run` does.
     """
     specs = [arm.spec for arm in arms]
-    here = [spec for spec in specs if content_sha256(spec.corpus, spec.tokenizer) is not None]
-    experiment.run(here, folder, progress=progress)
-    records: list[Record | None] = [experiment.find(spec, folder) for spec in specs]
+    records: list[Record | None] = [*experiment.run_here(specs, folder, progress=progress)]
     if not any(records):
         names = ", ".join(sorted({repr(spec.corpus) for spec in specs}))
         raise FileNotFoundError(f"corpus {names} is not here, and no rung has a record on it")

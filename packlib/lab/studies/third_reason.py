@@ -36,6 +36,14 @@ FIRST, LAST = f"{STEPS}, long rows first", f"{STEPS}, long rows last"
 PER_EXAMPLE, LONGALIGN, DECAY, RATE = "weights per example", "LongAlign's weights", "linear decay", "lr × 2"
 OWN = {"rows_per_step", "seeds", "further_seeds"}
 NAMED = 0.8  # share of the gap that an arm must take away to be called its cause
+CAUSE, PART = "it is the cause", "a part of the cause"
+AROUND, WIDER, RULED_OUT, UNDECIDED = "around", "wider", "ruled out", "undecided"
+OTHERS = {
+    RULED_OUT: "ruled out as the whole cause, as a gap remains without it",
+    WIDER: "wider than the gap itself, so no cause of it",
+    AROUND: "the gap turns around, so this changes more than its cause",
+    UNDECIDED: "undecided",
+}
 
 
 class Suspect(NamedTuple):
@@ -154,18 +162,15 @@ def _by_seed(loss: pd.DataFrame, suspect: Suspect) -> pd.Series:
 
 def figure(found: pd.DataFrame, corpus: str) -> Picture:
     """`gaps` as intervals, per token and per example, of one corpus."""
-    rows = []
-    for name, value in AVERAGES.items():
-        table = gaps(found, value)
-        rows.append(table.assign(label=table["label"] + f", {name}"))
-    table = pd.concat(rows).sort_index(kind="stable")
-    drawn = figures.forest(table, f"{corpus}: what is left without each cause", "validation loss minus mini-batches'")
+    table = pd.concat([gaps(found, value).assign(average=name) for name, value in AVERAGES.items()])
+    title = f"{corpus}: what is left without each cause"
+    drawn = figures.forest(table, title, "validation loss minus mini-batches'", panels="average")
     drawn.alt = f"What is left of the difference between sorted packing and mini-batches on {corpus}, cause by cause"
     return drawn
 
 
 def findings(found: pd.DataFrame) -> list[str]:
-    """The gap on each corpus, which arms take it away, and which are ruled out, in sentences. found: `results`."""
+    """The gap on each corpus, what takes it away, and what does not, in sentences. found: `results`."""
     return [said for corpus, runs in by_corpus(found).items() for said in _findings(runs, corpus)]
 
 
@@ -175,25 +180,33 @@ def _findings(found: pd.DataFrame, corpus: str) -> list[str]:
         table = gaps(found, value)
         if not len(table) or table["label"].iloc[0] != GAP.label:
             continue
-        rows = table.to_dict("records")
-        gap = rows[0]
+        gap, rows = table.iloc[0], table.iloc[1:].dropna(subset="taken")
         said.append(f"{corpus}, {name}: sorted packing against mini-batches at equal steps: {tell(gap)}.")
         if not gap["low"] > 0:
             said.append(f"{corpus}, {name}: the interval of the gap holds 0 (or has one seed), so no cause is named.")
             continue
-        said += [f"{corpus}, {name}: {_verdict(row)}" for row in rows[1:] if pd.notna(row["taken"])]
+        verdicts = rows.apply(verdict, axis=1)
+        for kind in (CAUSE, PART):
+            said += [f"{corpus}, {name}: {_took(row)}: {kind}." for row in rows[verdicts == kind].to_dict("records")]
+        for kind, told in OTHERS.items():
+            if alike := [
+                f"“{row['label']}” ({row['difference']:+z.4f})" for _, row in rows[verdicts == kind].iterrows()
+            ]:
+                said.append(f"{corpus}, {name}: {told}, with what is left in nats: {'; '.join(alike)}.")
     return said
 
 
-def _verdict(row: Mapping[str, Any]) -> str:
+def _took(row: Mapping[str, Any]) -> str:
     took = f"“{row['label']}” takes {row['share']:.0%} of the gap away ({row['taken']:+z.4f} nats, "
-    took += f"95 % interval {row['taken_low']:+z.4f} to {row['taken_high']:+z.4f}); left: {tell(row)}"
+    return f"{took}95 % interval {row['taken_low']:+z.4f} to {row['taken_high']:+z.4f}); left: {tell(row)}"
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """What a row of `gaps` says of its suspect: CAUSE, PART or a key of OTHERS."""
     if row["taken_low"] > 0 and row["high"] < 0:
-        return f"{took}: it turns the gap around, so it changes more than the cause."
+        return AROUND
     if row["taken_low"] > 0:
-        return f"{took}: {'it is the cause' if row['share'] >= NAMED else 'a part of the cause'}."
+        return CAUSE if row["share"] >= NAMED else PART
     if row["taken_high"] < 0:
-        return f"{took}: it makes the gap wider."
-    if row["low"] > 0:
-        return f"{took}: ruled out as the whole cause, a gap remains without it."
-    return f"{took}: undecided."
+        return WIDER
+    return RULED_OUT if row["low"] > 0 else UNDECIDED

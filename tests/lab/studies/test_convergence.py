@@ -296,8 +296,9 @@ def test_tables_are_read_as_the_paper_writes_them(measured):
     assert list(dict.fromkeys(who for who, _ in shown)) == ["paper", "ours"]
     assert shown.loc[label, ("paper", "batch")] == "2 × 4,096 × 32" and shown.loc[label, ("paper", "steps")] == "35"
     assert shown.loc["Padding", ("paper", "difference")] == "0.000" and shown.loc[label, ("ours", "steps")] == "3"
-    both = convergence.every_arm(found)["label"].tolist()
-    assert both[:2] == ["MiniBatchPacking + PosID, per token", "MiniBatchPacking + PosID, per example"]
+    both = convergence.every_arm(found)
+    alike = both[both["label"] == "MiniBatchPacking + PosID"]
+    assert alike["average"].tolist() == ["per token", "per example"]
     exact = convergence.exact_matches(found)
     assert exact["mean"].tolist() == [0.25] * 3 and len(convergence.exact_matches(found.assign(exact_match=None))) == 0
 
@@ -335,10 +336,11 @@ def test_the_published_run_is_of_its_preset(monkeypatch):
     monkeypatch.delenv("PACKLIB_DATA", raising=False)
     asked = reproduce.load_preset("h200")["notebooks"]["07_compare_convergence"]
     names = ("model", "tokenizer", "dtype", "learning_rate", "eval_examples", "seeds")
-    planned = convergence.settings_arms(asked["settings"], **{name: asked[name] for name in names})
+    settings = [*asked["settings"], *asked["further"]["constant_examples"]]
+    planned = convergence.settings_arms(settings, **{name: asked[name] for name in names})
     folder = records.run_folder("h200", create=False)
     known = {arm.spec.spec_id: arm for arm in convergence.recognised(records.read_records(folder)).values()}
-    assert len(planned) == len(known) == 72
+    assert len(planned) == len(known) == 81
     for arm in planned:
         assert experiment.find(arm.spec, folder)["status"] == "ok", arm.label
         assert known[arm.spec.spec_id].variant == arm.variant

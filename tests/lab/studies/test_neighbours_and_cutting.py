@@ -96,9 +96,13 @@ def test_what_is_lost_and_every_token_are_weighed(cut):
     # Seeds 0 to 2 have a mean of 1: 300 first tokens of 3 + early, 100 behind of 4 or 5.
     assert table["every token"].tolist() == pytest.approx([3.4, 3.25, 3.25, 3.25, 3.425, 3.25], abs=2e-3)
     said = cutting.findings(cut[0])
-    assert [line.split(":")[0] for line in said] == [f"pysource, {name}" for name in cutting.VALUES]
-    assert "“truncated, best fit” has the lowest loss" in said[1] and "cut anywhere +0." in said[1]
-    assert re.search(r"truncated, best fit \+(1\.00|0\.99)", said[3])
+    assert [line.split(", against")[0] for line in said] == [f"pysource, {name}" for name in cutting.VALUES]
+    early = table[f"first {cutting.EARLY} tokens"] - table[f"first {cutting.EARLY} tokens"][cutting.BASE]
+    assert early.tolist() == pytest.approx([0.2, 0, 0, 0, -0.1, 0], abs=2e-3)
+    assert re.search(r": “truncated, best fit” -0\.(10|09).*; “cut anywhere” \+0\.(20|19).*; undecided: ", said[1])
+    assert re.search(r"“truncated, best fit” \+(1\.00|0\.99)", said[4])
+    one_seed = cutting.findings(cut[0][cut[0]["seed"] == 0])
+    assert all("none is established to differ; undecided: " in line for line in one_seed)
     no_base = cut[0][cut[0]["arm"] != cutting.BASE]
     assert cutting.findings(no_base) == [] and cutting.findings(cut[0][:0]) == []
 
