@@ -43,7 +43,7 @@ BINARY = {".png", ".npz", ".gz", ".gguf"}
 
 def requirements(lines):
     """{name: lower bound or pin} of `name>=1.2`, `name==1.2`, `name=1.2` or `name`."""
-    return dict(re.fullmatch(r"([\w-]+)(?:[>=]=?([\d.]+))?", line.strip()).groups() for line in lines)
+    return dict(re.fullmatch(r"([\w-]+)(?:[>=]=?([\w.]+))?", line.strip()).groups() for line in lines)
 
 
 LAB = requirements(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["lab"])

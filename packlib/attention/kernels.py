@@ -308,7 +308,7 @@ def _has_flash_attn_4(device: torch.device, dtype: torch.dtype) -> str:
     except PackageNotFoundError:
         return "the flash-attn-4 package is not installed"
     except (ImportError, OSError, AttributeError) as error:
-        return f"the flash-attn-4 package does not load: {error}"
+        return f"the flash-attn-4 package does not load (install it after flash-attn, which has an old copy): {error}"
     return ""
 
 

@@ -23,7 +23,7 @@ from packlib.attention import KERNELS
 from packlib.lab import doubts, figures, paper, records, tables
 from packlib.lab.pages import report
 from packlib.lab.parameters import unknown_name
-from packlib.lab.studies import convergence, throughput
+from packlib.lab.studies import convergence, cutting, third_reason, throughput
 from packlib.lab.studies import paper as comparison
 
 BLOCK = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
@@ -234,6 +234,19 @@ def climb(frame: pd.DataFrame, run: str) -> str:
     return "\n".join(parts[:-1])
 
 
+def learned(frame: pd.DataFrame, run: str) -> str:
+    """What notebook 07 found at equal time, of the third reason, of constant examples and of cutting, with a figure."""
+    summary = records.read_json(records.run_folder(run, create=False) / "summaries" / "07_compare_convergence.json")
+    about = (" has the lowest loss, ", third_reason.GAP_SAID, f"{third_reason.CAUSE}.", f", {convergence.EXACT}: ")
+    about += (f", first {cutting.EARLY} tokens, against ",)
+    said = [f"- {line}" for line in summary["findings"] if any(words in line for words in about)]
+    figure = next((name for name in summary["figures"] if name.startswith("07_equal_time_multitask")), None)
+    if not said or not figure:
+        return ""
+    picture = f"![{summary['figures'][figure]}](papermill_runs/{run}/figures/{figure}.png)"
+    return "\n".join([picture, "", *said])
+
+
 def ranks(frame: pd.DataFrame, run: str) -> str:
     """What several GPUs did, against both ways of padding, on the paper's rig and on others."""
     table = throughput.both_baselines(frame[frame["model"] == MODEL])
@@ -258,7 +271,8 @@ def ranks(frame: pd.DataFrame, run: str) -> str:
 
 
 BLOCKS = {
-    function.__name__: function for function in (worth, claim, headline, figure, climb, ranks, arms, models, losses)
+    function.__name__: function
+    for function in (worth, claim, headline, figure, climb, learned, ranks, arms, models, losses)
 }
 
 

@@ -36,6 +36,7 @@ FIRST, LAST = f"{STEPS}, long rows first", f"{STEPS}, long rows last"
 PER_EXAMPLE, LONGALIGN, DECAY, RATE = "weights per example", "LongAlign's weights", "linear decay", "lr × 2"
 OWN = {"rows_per_step", "seeds", "further_seeds"}
 NAMED = 0.8  # share of the gap that an arm must take away to be called its cause
+GAP_SAID = "sorted packing against mini-batches at equal steps"
 CAUSE, PART = "it is the cause", "a part of the cause"
 AROUND, WIDER, RULED_OUT, UNDECIDED = "around", "wider", "ruled out", "undecided"
 OTHERS = {
@@ -181,7 +182,7 @@ def _findings(found: pd.DataFrame, corpus: str) -> list[str]:
         if not len(table) or table["label"].iloc[0] != GAP.label:
             continue
         gap, rows = table.iloc[0], table.iloc[1:].dropna(subset="taken")
-        said.append(f"{corpus}, {name}: sorted packing against mini-batches at equal steps: {tell(gap)}.")
+        said.append(f"{corpus}, {name}: {GAP_SAID}: {tell(gap)}.")
         if not gap["low"] > 0:
             said.append(f"{corpus}, {name}: the interval of the gap holds 0 (or has one seed), so no cause is named.")
             continue
