@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from packlib.lab import doubts
 from packlib.lab.costs import Calibration, calibrate, comparable
 from packlib.lab.data.corpora import EVAL_SHARE, located
 from packlib.lab.strategies import STRATEGIES, Strategy, plan_for
@@ -145,6 +146,8 @@ def advise(
         )
         found.append(prediction)
     notes = _notes(found, full, max_tokens, model, chosen, time, world_size)
+    if time.error is not None and (off := doubts.of_records(runs, (run["run_id"] for run in chosen))):
+        notes.append(f"Their run is in doubt ({off}): small differences between strategies may not be packing's.")
     return Advice(describe(full), lost_by_capacity(full), found, notes, _recommend(found))
 
 

@@ -8,9 +8,9 @@ same cause may sit in every other ratio of the run, so that none is ranked.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pandas as pd
 
@@ -61,6 +61,12 @@ def by_run(frame: pd.DataFrame, own: Iterable[str] | None = None) -> dict[str, l
         if said:
             found[str(run)] = said
     return found
+
+
+def of_records(found: Iterable[Mapping[str, Any]], own: Iterable[str]) -> str:
+    """What is off of the settings of some runs among these records, as `in_short` says it. own: their ids."""
+    frame = records.as_table(found)
+    return in_short(by_run(frame.assign(run="these"), own).get("these", [])) if len(frame) else ""
 
 
 def of_folder(folder: Path, own: Iterable[str]) -> list[str]:

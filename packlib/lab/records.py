@@ -126,14 +126,19 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def load_records(folder: Path | Iterable[Path]) -> pd.DataFrame:
+    """`as_table` of the records of a run folder, or of several."""
+    folders = [folder] if isinstance(folder, Path) else list(folder)
+    return as_table(record for one in folders for record in read_records(one))
+
+
+def as_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per run; traces are left out.
 
     Spec fields keep their names (`strategy`, `rig.recompute`), others are dotted (`plan.fill`). A run that says nothing
     of others had the device alone.
     """
-    folders = [folder] if isinstance(folder, Path) else list(folder)
     rows = []
-    for record in (r for f in folders for r in read_records(f)):
+    for record in found:
         names = ("run_id", "status", "error", "environment", "plan", "metrics")
         rest: dict[str, Any] = {key: record.get(key) for key in names}
         rest["environment"] = {"concurrent_runs": 1} | rest["environment"]

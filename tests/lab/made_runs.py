@@ -1,10 +1,11 @@
 """Records as a machine would leave them whose times and memory follow exactly from known costs."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from packlib.lab import costs, models
+from packlib.lab.runs.spec import RunSpec
 from packlib.lab.strategies import STRATEGIES, plan_for
 from packlib.plans import CostModel
 
@@ -38,15 +39,8 @@ def record(strategy, lengths, *, noise=0.0, model="tiny-llama", seconds=SECONDS)
     # 2. What a machine with these costs takes.
     cost = replace(seconds, head=head_share(model))
     times = cost(slots, pairs=pairs, labelled=labelled) * (1 + noise)
-    spec = {
-        "model": model,
-        "strategy": strategy,
-        "corpus": f"of {lengths.sum()} tokens",
-        "batch_size": 4,
-        "max_tokens": 1024,
-        "gradient_accumulation": 1,
-        "world_size": 1,
-    }
+    sizes = {"batch_size": 4, "max_tokens": 1024, "gradient_accumulation": 1}
+    spec = RunSpec(model=model, strategy=strategy, corpus=f"of {lengths.sum()} tokens", **sizes)
     metrics = {
         "measured_steps": len(slots),
         "step_seconds": {"mean": times.mean()},
@@ -57,8 +51,10 @@ def record(strategy, lengths, *, noise=0.0, model="tiny-llama", seconds=SECONDS)
         "peak_memory_bytes": int(BYTES(slots.max(), pairs=0)),
     }
     return {
+        "run_id": f"{spec.spec_id}-{noise}",
         "status": "ok",
-        "spec": spec,
+        "error": None,
+        "spec": asdict(spec),
         "environment": {"device": "a machine", "cuda": "13.0"},
         "plan": plan.report(lengths, kind.layout).to_dict(),
         "metrics": metrics,

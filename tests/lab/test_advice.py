@@ -163,3 +163,17 @@ def test_command_names_the_rung_that_gains_most(corpus, capsys):
 def test_command_reports_an_unknown_corpus(capsys):
     assert __main__.main(["advise", "no-such-corpus"]) == 1
     assert "no-such-corpus" in capsys.readouterr().err
+
+
+def test_a_run_in_doubt_is_told_as_one():
+    """With one example a batch it runs 1.2 times as fast packed; where both are alike, nothing is said."""
+    for factor, doubted in ((1.2, True), (1.0, False)):
+        runs = []
+        for name, rate in (("padding", 1.0), ("minibatch_packing", factor)):
+            run = record(name, TAIL)
+            rates = run["metrics"]["tokens_per_s"] | {"mean": rate}
+            runs.append(
+                run | {"spec": run["spec"] | {"batch_size": 1}, "metrics": run["metrics"] | {"tokens_per_s": rates}}
+            )
+        notes = advise(TAIL, max_tokens=1024, runs=[*RUNS, *runs]).notes
+        assert any("in doubt (control off)" in note for note in notes) == doubted

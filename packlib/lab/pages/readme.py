@@ -237,8 +237,8 @@ def climb(frame: pd.DataFrame, run: str) -> str:
 def learned(frame: pd.DataFrame, run: str) -> str:
     """What notebook 07 found at equal time, of the third reason, of constant examples and of cutting, with a figure."""
     summary = records.read_json(records.run_folder(run, create=False) / "summaries" / "07_compare_convergence.json")
-    about = (" has the lowest loss, ", third_reason.GAP_SAID, f"{third_reason.CAUSE}.", f", {convergence.EXACT}: ")
-    about += (f", first {cutting.EARLY} tokens, against ",)
+    about = [" has the lowest loss, ", third_reason.GAP_SAID, f"{third_reason.CAUSE}.", f", {convergence.EXACT}: "]
+    about += [f", first {cutting.EARLY} tokens, against "]
     said = [f"- {line}" for line in summary["findings"] if any(words in line for words in about)]
     figure = next((name for name in summary["figures"] if name.startswith("07_equal_time_multitask")), None)
     if not said or not figure:

@@ -29,7 +29,7 @@ import pandas as pd
 from scipy.optimize import least_squares
 from transformers import PreTrainedConfig
 
-from packlib.lab import models, tables
+from packlib.lab import doubts, models, tables
 from packlib.lab.costs import PAIR_SLOWDOWN
 from packlib.lab.data.corpora import load_corpus
 from packlib.lab.records import had_device_alone, read_records
@@ -345,10 +345,14 @@ def peaks_of_more(arm: Arm, ranks: int, per_slot: float, always: float) -> tuple
 
 
 class Forecast(NamedTuple):
-    """`figures`: a row a figure, see `predict`. `arms`: `left_out` of every rig, at both ends of the exchange."""
+    """`figures`: a row a figure, see `predict`. `arms`: `left_out` of every rig, at both ends of the exchange.
+
+    doubts: what is off of the records that it rests on, in short; empty where nothing is.
+    """
 
     figures: pd.DataFrame
     arms: pd.DataFrame
+    doubts: str = ""
 
 
 def predict(runs: Sequence[Record], lengths: Lengths, ranks: int, elsewhere: Sequence[Record] = ()) -> Forecast:
@@ -370,7 +374,8 @@ def predict(runs: Sequence[Record], lengths: Lengths, ranks: int, elsewhere: Seq
     table[errors] = table.groupby(["rig", "kind"])[errors].transform("max")
     table["low"], table["high"] = table["values"].map(min), table["values"].map(max)
     table["verdict"] = [_verdict(row) for row in table.to_dict("records")]
-    return Forecast(table[COLUMNS], pd.concat(alone) if alone else left_out([], hidden=True))
+    off = doubts.of_records(runs, (run["run_id"] for run in runs if run["spec"].get("world_size") == FROM))
+    return Forecast(table[COLUMNS], pd.concat(alone) if alone else left_out([], hidden=True), off)
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
@@ -425,7 +430,15 @@ def _span(row: Mapping[str, Any]) -> str:
 
 def findings(forecast: Forecast) -> list[str]:
     """Sentences of notebook 09, every number from `predict`: how well arms foresee each other, then verdicts."""
-    off, table, said = forecast.arms["error"].abs(), forecast.figures, []
+    off, table = forecast.arms["error"].abs(), forecast.figures
+    said: list[str] = []
+    if forecast.doubts and len(table):
+        said.append(
+            doubts.Doubt(
+                f"What is foreseen for more GPUs rests on a run in doubt ({forecast.doubts}): its verdicts are of that "
+                "run's steps, whatever made them so."
+            )
+        )
     if len(off):
         said.append(
             f"On two GPUs, a mean step predicted from the rig's other arms is off by {off.median():.1%} typically and "

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from packlib.lab import models, records
+from packlib.lab.doubts import Doubt
 from packlib.lab.runs.limits import Rates
 from packlib.lab.runs.spec import Rig, RunSpec
 from packlib.lab.studies import more_ranks
@@ -181,7 +182,9 @@ def test_published_records_foresee_every_kind_of_figure(published):
         assert table["what"].str.endswith(kind).any()
     assert (table["low"] <= table["high"]).all()
     said = more_ranks.findings(forecast)
-    assert f"({forecast.arms['key'].nunique()} arms)" in said[0]
+    assert isinstance(said[0], Doubt) and "(control off, repeats off)" in said[0], "as the published run's own report"
+    assert f"({forecast.arms['key'].nunique()} arms)" in said[1]
+    assert not any(isinstance(line, Doubt) for line in more_ranks.findings(forecast._replace(doubts="")))
     assert sum(line.count("(goal") for line in said) == (table["verdict"] != "").sum()
     assert len(more_ranks.display_table(forecast)) == len(table)
 
