@@ -111,12 +111,14 @@ def speed_arms(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def convergence_arms(frame: pd.DataFrame) -> pd.DataFrame:
-    """Records of notebook 07 that Table 4 can be held against.
+    """Records of notebook 07 that Table 4 can be held against, where an arm besides padding was measured.
 
     With the columns of `convergence.results`, `run` and `model`.
     """
     of_table_4 = convergence.paper_arms()
     found = _one_setting(frame[frame["arm"].isin(of_table_4) & (frame["status"] == "ok")], STEP | set(ARM))
+    arms = found.groupby(["run", "model", "corpus"])["arm"].transform("nunique")
+    found = found[arms > 1]
     results = {"metrics.optimizer_steps": "steps", "metrics.eval_loss_per_token": "per_token"}
     found = found.drop(columns=["steps"]).rename(columns=results)
     found = found.reindex(columns=list(dict.fromkeys([*found, *results.values()])))

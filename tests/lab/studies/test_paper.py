@@ -191,6 +191,8 @@ def trained(folder):
     write(folder, replace(base, strategy=POSID, eval_every=7), loss=99.0)  # of no arm at all
     short = convergence.arms(replace(base, limit=32), rows_per_step=2, groups=["padding"], seeds=[0])
     write(folder, short[0].spec, loss=99.0)  # of another setting
+    fused = convergence.arms(replace(base, rig=Rig(fused_loss=True)), rows_per_step=2, groups=["padding"], seeds=[0])
+    write(folder, fused[0].spec, loss=99.0)  # padding alone on another rig: nothing to hold against Table 4
     return folder
 
 
