@@ -221,6 +221,7 @@ def forest(table: pd.DataFrame, title: str, xlabel: str, *, panels: str = "") ->
                 linewidth=1.8,
             )
         ax.axvline(0, color="black", linewidth=1)
+        ax.locator_params(axis="x", nbins=5 if panels else 7)
         ax.set(xlabel=f"{xlabel}\n(nats; right of 0 is worse)", title=panel)
     seeds = table.drop_duplicates("label").set_index("label")["n"]
     axes[0].set_yticks(range(len(names)), [f"{name} (n={seeds[name]})" for name in names])

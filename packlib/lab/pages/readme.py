@@ -237,14 +237,18 @@ def climb(frame: pd.DataFrame, run: str) -> str:
 def learned(frame: pd.DataFrame, run: str) -> str:
     """What notebook 07 found at equal time, of the third reason, of constant examples and of cutting, with a figure."""
     summary = records.read_json(records.run_folder(run, create=False) / "summaries" / "07_compare_convergence.json")
-    about = [" has the lowest loss, ", third_reason.GAP_SAID, f"{third_reason.CAUSE}.", f", {convergence.EXACT}: "]
-    about += [f", first {cutting.EARLY} tokens, against "]
+    about = ["the lowest mean loss is", third_reason.GAP_SAID, f"{third_reason.CAUSE}.", f"{third_reason.PART}."]
+    about += [f", {convergence.EXACT}: ", "Neighbours: "]
+    about += [
+        f", {name}, against “" for name in ("every token", f"first {cutting.EARLY} tokens", "behind the first row")
+    ]
     said = [f"- {line}" for line in summary["findings"] if any(words in line for words in about)]
     figure = next((name for name in summary["figures"] if name.startswith("07_equal_time_multitask")), None)
     if not said or not figure:
         return ""
     picture = f"![{summary['figures'][figure]}](papermill_runs/{run}/figures/{figure}.png)"
-    return "\n".join([picture, "", *said])
+    parts = [line for caution in report.cautions(summary["doubts"]) for line in (caution, "")]
+    return "\n".join([*parts, picture, "", *said])
 
 
 def ranks(frame: pd.DataFrame, run: str) -> str:

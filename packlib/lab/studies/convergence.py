@@ -297,7 +297,7 @@ class Cause(NamedTuple):
 
 
 PADDING = ("padding", "")
-TOO_FEW = ("put fewer rows into a step", "there were steps to spare here")
+TOO_FEW = ("at this learning rate put fewer rows into a step, or tune it", "there were steps to spare here")
 REMAINS = ("this much remains of packing itself", "pack them")
 STEPS_TOO = ("steps differ, too: see equal steps", "pack them")
 LEAKS = ("always pass boundaries", "boundaries are free")
@@ -318,13 +318,19 @@ CAUSES = [
 def causes(found: pd.DataFrame) -> pd.DataFrame:
     """What each change costs by itself on one corpus: the measured pairs of CAUSES as `differences` gives them.
 
-    `advice` is a sentence in plain words.
+    Per token; `advice` is a sentence in plain words, and says where the average per example tells otherwise.
     """
     rows = []
     for cause in CAUSES:
         changed, base = arm_label(*cause.changed), arm_label(*cause.base)
-        for row in differences(found[found["arm"].isin([changed, base])], base).to_dict("records"):
-            rows.append(row | {"label": cause.label, "advice": f"{cause.label}: {_advice(cause, row)}"})
+        pair = found[found["arm"].isin([changed, base])]
+        alike = {row["label"]: row for row in differences(pair, base, "per_example").to_dict("records")}
+        for row in differences(pair, base).to_dict("records"):
+            advice = f"{cause.label}: {_advice(cause, row)}"
+            other = alike.get(row["label"])
+            if other and verdict(other) in ("a cost", "a gain") and verdict(other) != verdict(row):
+                advice = f"{advice[:-1]}. Per example it is {verdict(other)}, {tell(other)}."
+            rows.append(row | {"label": cause.label, "advice": advice})
     return pd.DataFrame(rows)
 
 
@@ -578,7 +584,13 @@ def best_rate(found: pd.DataFrame) -> str | None:
         return "With fewer steps, no learning rate tried is better than the one for many."
     table = differences(packed, arm_label(MULTIPACK, EPOCHS)).set_index("label")
     won, lost = (table.loc[arm_label(MULTIPACK, variant)] for variant in (few.idxmin(), STEPS))
-    said = f"With fewer steps, “{few.idxmin()}” is the best learning rate tried, {tell(won)}"
+    said = f"With fewer steps, “{few.idxmin()}” has the lowest loss of the learning rates tried, {tell(won)}"
+    best = arm_label(MULTIPACK, few.idxmin())
+    rates = packed[packed["variant"].str.startswith(EPOCHS)]
+    others = differences(rates, best)
+    if len(unclear := others[~(others["low"] > 0)]):
+        names = ", ".join(label.split(", ", 1)[1] for label in unclear["label"])
+        said += f" (not told apart from it: {names})"
     if not won["high"] < 0:
         return f"{said}: undecided."
     if not lost["high"] < 0:
@@ -587,19 +599,16 @@ def best_rate(found: pd.DataFrame) -> str | None:
 
 
 def best_atoms(found: pd.DataFrame, corpus: str) -> str:
-    """Which size of atoms is best on a corpus, and how the others differ from one row (`atoms_table`).
-
-    Undecided, where the interval of a difference to the best holds 0.
-    """
+    """Which size of atoms has the lowest mean loss on a corpus, and which others differ from it (`atoms_table`)."""
     loss = found.groupby("size")["per_token"].mean().sort_values()
-    row = arm_label(FIXED, f"{OF_ATOMS}1 row")
+    others = differences(found, arm_label(FIXED, f"{OF_ATOMS}{loss.index[0]}")).sort_values("difference")
+    names = [label.split(OF_ATOMS)[1] for label in others["label"]]
     told = [
-        f"{other['label'].split(OF_ATOMS)[1]} {tell(other)}" for other in differences(found, row).to_dict("records")
+        f"{name} {tell(row)}{'' if row['low'] > 0 else ', undecided'}"
+        for name, row in zip(names, others.to_dict("records"))
     ]
-    best = f"{corpus}: {OF_ATOMS}{loss.index[0]} give the lowest loss ({loss.min():.4f} nats)"
-    others = differences(found, arm_label(FIXED, f"{OF_ATOMS}{loss.index[0]}"))
-    undecided = "" if (others["low"] > 0).all() else "; undecided"
-    return f"{best}; against 1 row: {'; '.join(told)}{undecided}."
+    best = f"{corpus}: {OF_ATOMS}{loss.index[0]} have the lowest mean loss ({loss.min():.4f} nats)"
+    return f"{best}; the others against them: {'; '.join(told)}."
 
 
 def findings(found: pd.DataFrame, gaps: Mapping[str, float]) -> list[str]:

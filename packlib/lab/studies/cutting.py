@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 
-from packlib.lab import figures, tables
+from packlib.lab import figures
 from packlib.lab.figures import Picture
 from packlib.lab.runs import experiment
 from packlib.lab.studies.convergence import (
@@ -76,24 +77,28 @@ def arms(settings: Sequence[Mapping[str, Any]], **shared: Any) -> list[Arm]:
 
 
 def measured(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
-    """`convergence.results` with what is scored here, in nats per token, and `lost`, the share of tokens in no row.
+    """`convergence.results` with what is scored here, in nats per token, and two facts of what is trained on.
+
+    `lost`: share of tokens in no row; `repeated`: tokens trained on for each that is in one.
 
     `arm` is the way alone; `early` is of the first EARLY tokens of held-out examples (octaves that begin below), and
     `every` weighs the first max_tokens and what lies behind them.
     """
     found = results(folder, planned, FURTHER)
-    lost, early = [], []
+    lost, early, repeated = [], [], []
     for arm in planned:
         record = experiment.find(arm.spec, folder) or {}
         plan, metrics = record.get("plan") or {}, record.get("metrics") or {}
         total = plan.get("lost_tokens", 0) + plan.get("real_tokens", 0)
         lost.append(plan["lost_tokens"] / total if total else math.nan)
+        repeated.append(record["trace"]["tokens"][-1] / plan["real_tokens"] if total else math.nan)
         first = [(loss * seen, seen) for at, loss, seen in metrics.get("eval_loss_by_position", ()) if at < EARLY]
         losses, seen = np.sum(first, axis=0) if first else (math.nan, 1)
         early.append(losses / seen)
     tokens, rest = found["eval_tokens"], found["eval_tokens_rest"].fillna(0)
     every = tokens * found["per_token"] + rest * found["eval_loss_per_token_rest"].fillna(0)
-    return found.assign(arm=found["variant"], lost=lost, early=early, every=every / (tokens + rest))
+    found = found.assign(lost=lost, early=early, repeated=repeated)
+    return found.assign(arm=found["variant"], every=every / (tokens + rest))
 
 
 def positions(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
@@ -108,22 +113,33 @@ def positions(folder: Path, planned: Sequence[Arm]) -> pd.DataFrame:
 
 
 def overview(found: pd.DataFrame) -> pd.DataFrame:
-    """Of one corpus: tokens, share lost, and the losses of VALUES with their intervals, an arm a row."""
+    """Of one corpus: tokens, share lost, and the mean losses of VALUES, an arm a row.
+
+    `× each`: how often the tokens that are not lost are trained on. `findings` says which losses differ.
+    """
     rows = {}
     for arm, runs in found[found["status"] == "ok"].groupby("arm", sort=False):
-        row = {"tokens": runs["tokens"].mean(), "lost": runs["lost"].mean(), "seeds": len(runs)}
-        for name, value in VALUES.items():
-            if runs[value].notna().any():
-                mean = tables.mean_interval(runs[value].dropna())
-                row[name], row[f"{name} ±"] = mean.mean, mean.high - mean.mean
+        row = {"tokens": runs["tokens"].mean(), "lost": runs["lost"].mean(), "× each": runs["repeated"].mean()}
+        row |= {"seeds": len(runs)}
+        row |= {name: runs[value].mean() for name, value in VALUES.items() if runs[value].notna().any()}
         rows[arm] = row
     return pd.DataFrame(rows).T
 
 
+def display_table(found: pd.DataFrame) -> Styler:
+    """`overview` as it is read."""
+    formats = {"tokens": "{:,.0f}", "lost": "{:.0%}", "× each": "{:.1f}", "seeds": "{:.0f}"}
+    return overview(found).style.format(formats | dict.fromkeys(VALUES, "{:.3f}"), na_rep="")
+
+
 def position_curves(table: pd.DataFrame, corpus: str) -> Picture:
-    """Loss by position minus that of BASE, seed by seed: mean and range of each way."""
-    alt = f"Loss by position in the example on {corpus}, each way of cutting minus “{BASE}”"
-    drawn, (ax,) = figures.new(9, 4.6, alt)
+    """Loss by position minus that of BASE, seed by seed: mean and range of each way, from the second token on.
+
+    A first token follows from nothing, and whatever a model thinks of it is noise between seeds.
+    """
+    alt = f"Loss by position in the example on {corpus}, each way of cutting minus “{BASE}”, with its range over seeds"
+    drawn, (ax,) = figures.new(11, 4.6, alt)
+    table = table[table["position"] > 1]
     base = table[table["arm"] == BASE].set_index(["seed", "position"])["loss"]
     for arm, runs in table[table["arm"] != BASE].groupby("arm", sort=False):
         gap = (runs.set_index(["seed", "position"])["loss"] - base).dropna().groupby("position")
@@ -133,8 +149,8 @@ def position_curves(table: pd.DataFrame, corpus: str) -> Picture:
         ax.fill_between(gap.mean().index, gap.min(), gap.max(), color=color, alpha=0.12, linewidth=0)
     ax.axhline(0, color="black", linewidth=1)
     figures.log2_axis(ax)
-    ax.set(xlabel="position in the example, tokens (octaves)", ylabel=f"loss minus “{BASE}” (nats per token)")
-    ax.legend()
+    ax.set(xlabel="position in the example, tokens (each point up to the next)", ylabel=f"loss minus “{BASE}” (nats)")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figures.head(drawn, f"{corpus}: where in an example cutting is paid")
 
 

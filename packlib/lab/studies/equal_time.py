@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 from scipy.optimize import nnls
 
 from packlib.lab import doubts, figures, records, tables
@@ -32,7 +33,6 @@ from packlib.lab.studies.convergence import (
     Arm,
     by_corpus,
     read_setting,
-    tell,
 )
 
 MIXED = "best_fit_posid"
@@ -322,12 +322,19 @@ def standing(curve: pd.DataFrame) -> pd.DataFrame:
     return table if doubt_of(curve) else table.sort_values("loss")
 
 
+def display_table(curve: pd.DataFrame) -> Styler:
+    """`standing` as it is read."""
+    nats = dict.fromkeys(("difference", "low", "high"), "{:+.4f}")
+    formats = {"loss": "{:.4f}", "step": "{:.0f}", "lr": "{:g}", "seeds": "{:.0f}"} | nats
+    return standing(curve).style.format(formats, na_rep="")
+
+
 # Figure and findings
 
 
 def figure(by_clock: Mapping[str, pd.DataFrame], corpus: str) -> Picture:
-    """Loss after so many seconds: a panel a clock (label: `curves` of one corpus), a line an arm with its range."""
-    alt = f"Validation loss on {corpus} against seconds of GPU time, one line an arm, a panel a clock"
+    """Loss after so many seconds: a panel a clock (label: `curves` of one corpus), a line an arm."""
+    alt = f"Validation loss on {corpus} against seconds of GPU time, a line an arm with its range, a panel a clock"
     drawn, axes = figures.new(max(8.8, 5.4 * len(by_clock)), 5.4, alt, len(by_clock), sharey=True)
     for ax, (label, curve) in zip(axes, by_clock.items()):
         end, _ = at_equal_time(curve)
@@ -338,18 +345,18 @@ def figure(by_clock: Mapping[str, pd.DataFrame], corpus: str) -> Picture:
             x = by_step["seconds"].mean()
             ax.plot(x, by_step["loss"].mean(), color=color, marker=marker, linestyle=line, markersize=6, label=arm)
             ax.fill_between(x, by_step["loss"].min(), by_step["loss"].max(), color=color, alpha=0.12, linewidth=0)
-        ax.axvline(end, color="0.4", linewidth=1)
+        ax.axvline(end, color="0.4", linewidth=1, label="the last second that all runs fill")
         doubt = doubt_of(curve)
         ax.set(title=f"{label},\n{doubt}" if doubt else label, xlabel="seconds of training")
     axes[0].set_ylabel("validation loss (nats per token)")
-    drawn.legend(handles=axes[0].get_lines()[:-1], loc="outside lower center", ncols=min(3, len(axes) + 1))
+    drawn.legend(handles=axes[0].get_lines(), loc="outside lower center", ncols=min(3, len(axes) + 1))
     return figures.head(drawn, f"{corpus}: loss after so many seconds")
 
 
 def finding(curve: pd.DataFrame, corpus: str, clock: str) -> str:
-    """Who has the lowest loss at equal time by a clock of this label, by how much, with intervals, in one sentence.
+    """Whose mean loss is the lowest at equal time by a clock of this label, who is behind, and who may not be.
 
-    By a clock in doubt nobody: how far apart the losses are.
+    Differences in nats with 95 % intervals over seeds. By a clock in doubt nobody: how far apart the losses are.
     """
     end, then = at_equal_time(curve)
     order = then.groupby("arm")["loss"].mean().sort_values()
@@ -358,19 +365,22 @@ def finding(curve: pd.DataFrame, corpus: str, clock: str) -> str:
     if doubt := doubt_of(curve):
         between = f"losses of {len(order)} arms are {order.iloc[0]:.4f} to {order.iloc[-1]:.4f} nats"
         return f"{corpus}, {clock}: after {end:.3g} s {between}; no order, as the clock is {doubt}."
-    first, second = order.index[:2]
-    decided = False
-    said = [f"{corpus}, {clock}: after {end:.3g} s “{first}” has the lowest loss, {order.iloc[0]:.4f} nats"]
-    for other in dict.fromkeys((second, PADDING)):
-        pair = then[then["arm"].isin([first, other])]
-        for gap in tables.paired_differences(pair, "loss", base=other, arm="arm").to_dict("records"):
-            said.append(f"{tell(gap)} against “{other}”")
-            decided = decided or (other == second and gap["high"] < 0)
-    return f"{'; '.join(said)}{'' if decided else '; undecided'}."
+    first = order.index[0]
+    gaps = tables.paired_differences(then, "loss", base=first, arm="arm").sort_values("difference")
+    said = [f"{corpus}, {clock}: after {end:.3g} s the lowest mean loss is {order.iloc[0]:.4f} nats, of “{first}”"]
+    for state, rows in (("Behind it", gaps[gaps["low"] > 0]), ("Not told apart from it", gaps[~(gaps["low"] > 0)])):
+        if len(rows):
+            said.append(f"{state}: {'; '.join(map(_short, rows.to_dict('records')))}")
+    return f"{'. '.join(said)}."
+
+
+def _short(gap: Mapping[str, Any]) -> str:
+    interval = f" ({gap['low']:+z.4f} to {gap['high']:+z.4f})" if gap["n"] > 1 else " (one seed)"
+    return f"“{gap['label']}” {gap['difference']:+z.4f}{interval}"
 
 
 def findings(timed: Timed) -> list[str]:
-    """What the clocks are, who wins by each of them on each corpus, and whose rate may not be the best."""
+    """Who wins by each clock on each corpus, and whose rate may not be the best."""
     if timed.grid and not timed.clocks:
         return ["No clock: fewer than two runs that had the device alone, so nothing is compared at equal time."]
     said: list[str] = [
@@ -381,6 +391,5 @@ def findings(timed: Timed) -> list[str]:
         for clock in timed.clocks
         if clock.doubt
     ]
-    said += [clock.said for clock in timed.clocks]
     said += [finding(curve, corpus, label) for corpus, dated in timed.curves.items() for label, curve in dated.items()]
     return said + at_edge(timed)

@@ -586,9 +586,10 @@ def _about_climb(rows: pd.DataFrame, *, ranked: bool) -> Iterator[str]:
     climbed = ok[~ok["beside"].astype(bool)]
     if (ends := _ends(rows)) is not None:
         first, best = ends
-        times = f"{best['tokens_per_s'] / first['tokens_per_s']:.1f} times the real tokens/s of '{first['rung']}'"
+        times = f"{best['tokens_per_s'] / first['tokens_per_s']:.1f} times '{first['rung']}'"
         shares = f"from {first['share']:.0%} to {best['share']:.0%} of the limit"
-        yield f"'{best['rung']}' runs at {times} ({best['tokens_per_s']:,.0f}), {shares}"
+        rates = f"{best['tokens_per_s']:,.0f} real tokens/s, {times} ({first['tokens_per_s']:,.0f})"
+        yield f"'{best['rung']}' runs at {rates}, {shares}"
         others = climbed[climbed["rung"] != FLOAT8]
         if ranked and best["rung"] == FLOAT8 and len(others):
             top = others.loc[others["tokens_per_s"].idxmax()]

@@ -90,7 +90,12 @@ def figure(found: pd.DataFrame, corpus: str) -> Picture:
 
 
 def findings(found: pd.DataFrame) -> list[str]:
-    """What rows without boundaries cost, by which neighbours they have and how it is asked: one sentence a pair."""
+    """What rows without boundaries cost, by which neighbours they have and how it is asked: one sentence a pair.
+
+    Where runs are planned and none has a result, this.
+    """
+    if len(found) and not (found["status"] == "ok").any():
+        return [f"Neighbours: not measured yet, none of {len(found)} runs has a result."]
     rows = [(corpus, row) for corpus, runs in by_corpus(found).items() for row in effects(runs).to_dict("records")]
     return [f"{corpus}: {row['label']}: {_verdict(row)}." for corpus, row in rows]
 

@@ -37,9 +37,10 @@ PER_EXAMPLE, LONGALIGN, DECAY, RATE = "weights per example", "LongAlign's weight
 OWN = {"rows_per_step", "seeds", "further_seeds"}
 NAMED = 0.8  # share of the gap that an arm must take away to be called its cause
 GAP_SAID = "sorted packing against mini-batches at equal steps"
-CAUSE, PART = "it is the cause", "a part of the cause"
-AROUND, WIDER, RULED_OUT, UNDECIDED = "around", "wider", "ruled out", "undecided"
+CAUSE, PART = "it is the cause, nothing is established to be left", "a part of the cause"
+ADDED, AROUND, WIDER, RULED_OUT, UNDECIDED = "added", "around", "wider", "ruled out", "undecided"
 OTHERS = {
+    ADDED: "what the suspected cause does alone, added to mini-batches",
     RULED_OUT: "ruled out as the whole cause, as a gap remains without it",
     WIDER: "wider than the gap itself, so no cause of it",
     AROUND: "the gap turns around, so this changes more than its cause",
@@ -48,11 +49,12 @@ OTHERS = {
 
 
 class Suspect(NamedTuple):
-    """What a pair of arms (strategy, variant) leaves of the gap, and which cause it goes without."""
+    """What a pair of arms (strategy, variant) leaves of the gap, and which cause it goes without, or `adds` alone."""
 
     label: str
     changed: tuple[str, str]
     base: tuple[str, str]
+    adds: bool = False
 
 
 MINIBATCHES = (MINI, "")
@@ -61,7 +63,7 @@ SUSPECTS = [
     GAP,
     Suspect("Mixed rows, as full (which examples, and how many)", (MIXED, STEPS), MINIBATCHES),
     Suspect("Sorted rows, constant examples (how many)", (MULTIPACK, EXACT), MINIBATCHES),
-    Suspect("Mini-batches by length (adds: which examples)", (BY_LENGTH, ""), MINIBATCHES),
+    Suspect("Mini-batches by length (which examples, alone)", (BY_LENGTH, ""), MINIBATCHES, adds=True),
     Suspect("Every example weighs alike in its step", (MULTIPACK, f"{STEPS}, {PER_EXAMPLE}"), (MINI, PER_EXAMPLE)),
     Suspect("Every example weighs alike in all steps", (MULTIPACK, f"{STEPS}, {LONGALIGN}"), (MINI, PER_EXAMPLE)),
     Suspect("Learning rate decays to 0", (MULTIPACK, f"{STEPS}, {DECAY}"), (MINI, DECAY)),
@@ -190,11 +192,13 @@ def _findings(found: pd.DataFrame, corpus: str) -> list[str]:
         for kind in (CAUSE, PART):
             said += [f"{corpus}, {name}: {_took(row)}: {kind}." for row in rows[verdicts == kind].to_dict("records")]
         for kind, told in OTHERS.items():
-            if alike := [
-                f"“{row['label']}” ({row['difference']:+z.4f})" for _, row in rows[verdicts == kind].iterrows()
-            ]:
-                said.append(f"{corpus}, {name}: {told}, with what is left in nats: {'; '.join(alike)}.")
+            if alike := [_left(row) for row in rows[verdicts == kind].to_dict("records")]:
+                said.append(f"{corpus}, {name}: {told} (difference to mini-batches, nats): {'; '.join(alike)}.")
     return said
+
+
+def _left(row: Mapping[str, Any]) -> str:
+    return f"“{row['label']}” {row['difference']:+z.4f} ({row['low']:+z.4f} to {row['high']:+z.4f})"
 
 
 def _took(row: Mapping[str, Any]) -> str:
@@ -203,11 +207,16 @@ def _took(row: Mapping[str, Any]) -> str:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """What a row of `gaps` says of its suspect: CAUSE, PART or a key of OTHERS."""
+    """What a row of `gaps` says of its suspect: CAUSE, PART or a key of OTHERS.
+
+    The cause takes NAMED of the gap away, and of what is left the interval holds 0.
+    """
+    if row["label"] in {suspect.label for suspect in SUSPECTS if suspect.adds}:
+        return ADDED
     if row["taken_low"] > 0 and row["high"] < 0:
         return AROUND
     if row["taken_low"] > 0:
-        return CAUSE if row["share"] >= NAMED else PART
+        return CAUSE if row["share"] >= NAMED and row["low"] <= 0 else PART
     if row["taken_high"] < 0:
         return WIDER
     return RULED_OUT if row["low"] > 0 else UNDECIDED

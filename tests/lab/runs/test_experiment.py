@@ -245,6 +245,19 @@ def test_a_death_and_a_failure_are_records_and_the_sweep_goes_on(tmp_path, monke
     assert experiment.frame(specs, folder)["status"].tolist() == ["oom", "failed", "ok"]
 
 
+def test_what_is_published_of_a_run_is_redrawn_where_its_data_are_not(tmp_path):
+    """Arms without a record are left at None, in a line; in a folder without any record that is an error."""
+    folder, said = records.run_folder(tmp_path / "run"), []
+    absent = replace(BASE, corpus=str(tmp_path / "no.jsonl"))
+    with pytest.raises(FileNotFoundError, match=r"corpus '.*no\.jsonl' is not here, and run has no records"):
+        experiment.run_here([absent], folder)
+    done = replace(absent, seed=1)
+    records.write_record(folder, records.unfinished(f"{done.spec_id}-0123", asdict(done), "oom", "as published"))
+    found = experiment.run_here([absent, done], folder, progress=said.append)
+    assert found[0] is None and found[1]["error"] == "as published"
+    assert said[-1].startswith("1 of 2 arms have no record, and their corpus is not here: ")
+
+
 def test_a_corpus_that_is_not_here_stops_a_sweep_before_its_first_arm(tmp_path, monkeypatch):
     run_one, folder = fake_run(), records.run_folder(tmp_path / "run")
     monkeypatch.setattr(experiment, "_run_one", run_one)

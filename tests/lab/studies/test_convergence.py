@@ -156,8 +156,18 @@ def test_causes_are_paired_by_seed(measured):
     assert table.loc["Fewer steps, fixed length", "difference"] == pytest.approx(0.9, abs=0.02)
     assert "undecided" in table.loc["Flattening the same mini-batches", "advice"]
     assert abs(table.loc["Packing whole examples, constant examples", "standard_errors"]) < 4
-    assert "lr × √4” is the best learning rate tried, -" in convergence.best_rate(found)
+    assert "lr × √4” has the lowest loss of the learning rates tried, -" in convergence.best_rate(found)
     assert ": it wins back 6" in convergence.best_rate(found)
+    assert "(not told apart" not in convergence.best_rate(found)
+    rate = found["variant"].str.endswith("lr × 4") & (found["strategy"] == convergence.MULTIPACK)
+    best = found[found["variant"].str.endswith("lr × √4")].set_index("seed")["per_token"]
+    near = found.assign(per_token=found["per_token"].where(~rate, found["seed"].map(best) + 1e-3))
+    near.loc[rate & (near["seed"] == 0), "per_token"] += 5e-3
+    assert "(not told apart from it: equal epochs, lr × 4)" in convergence.best_rate(near)
+    for_examples = found.assign(per_example=found["per_token"] + 0.3 * found["arm"].eq("MiniBatchPacking + PosID"))
+    advice = convergence.causes(for_examples).set_index("label")["advice"]
+    assert "Per example it is a cost, +0.3" in advice["Flattening the same mini-batches"]
+    assert "Per example" not in advice["Contamination, at equal steps and tokens"], "it says the same"
     one_seed = found[found["seed"] == 0]
     assert convergence.best_rate(one_seed).endswith(": undecided."), "a seed has no interval"
     worse = found["variant"].str.startswith(f"{convergence.EPOCHS}, ") & (found["strategy"] == convergence.MULTIPACK)

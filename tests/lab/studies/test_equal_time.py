@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from packlib.lab import records
@@ -83,15 +84,33 @@ def test_the_winner_is_who_has_the_lowest_loss_by_the_clock_in_hand(tmp_path):
         table = equal_time.standing(curve)
         assert table["loss"].is_monotonic_increasing and table["seeds"].eq(3).all()
         said[name] = equal_time.findings(timed)
-        assert f"“{table.index[0]}” has the lowest loss, {table['loss'].iloc[0]:.4f} nats" in said[name][1]
-        assert "undecided" not in said[name][1] and "against “Padding”" in said[name][1]
+        first = f"the lowest mean loss is {table['loss'].iloc[0]:.4f} nats, of “{table.index[0]}”. Behind it: "
+        assert first in said[name][0] and "“Padding” +" in said[name][0]
+        assert "Not told apart" not in said[name][0]
         figure = equal_time.figure(by_clock, "pydocs")
         figure.canvas.draw()
-        assert len(figure.legends[0].get_texts()) == 4
-    assert "“Multipack + PosID, full batches” has the lowest loss" in said["steps"][1]
-    assert "“Multipack + PosID, exactly constant examples” has the lowest loss" in said["slots"][1]
+        assert len(figure.legends[0].get_texts()) == 5  # the arms, and the second that is compared
+    assert "nats, of “Multipack + PosID, full batches”. " in said["steps"][0]
+    assert "nats, of “Multipack + PosID, exactly constant examples”. " in said["slots"][0]
     edges = [line for line in said["slots"] if "at the edge of its grid" in line]
     assert len(edges) == 2 and "Padding: the best rate, 0.001" in edges[0]
+
+
+def test_an_arm_whose_interval_holds_0_is_not_told_apart_from_the_first():
+    losses = {"a": (1.0, 1.1, 1.2), "b": (1.2, 1.05, 1.3), "c": (2.0, 2.1, 2.2)}
+    rows = [
+        {"corpus": "x", "arm": arm, "strategy": "padding", "variant": "", "spec_id": f"{arm}{seed}", "doubt": ""}
+        | {"seed": seed, "lr": 1e-3, "step": step, "seconds": float(step), "loss": loss}
+        for arm, seeds in losses.items()
+        for seed, loss in enumerate(seeds)
+        for step in (1, 2)
+    ]
+    said = equal_time.finding(pd.DataFrame(rows), "x", "a clock")
+    assert (
+        "1.1000 nats, of “a”. Behind it: “c” +1.0000 (+1.0000 to +1.0000). Not told apart from it: “b” +0.0833" in said
+    )
+    one_seed = equal_time.finding(pd.DataFrame([row for row in rows if row["seed"] == 0]), "x", "a clock")
+    assert "Behind it" not in one_seed and "“c” +1.0000 (one seed)" in one_seed
 
 
 def test_without_a_clock_nothing_is_compared(tmp_path):
@@ -158,8 +177,8 @@ def test_by_a_clock_of_a_run_in_doubt_nobody_wins(tmp_path, ratio):
     )
     assert [clock.said.endswith(f"; {doubt}") for clock in timed.clocks] == [False, off]
     lean, eager = [sentence for sentence in said if sentence.startswith("pydocs, ") and ": after" in sentence]
-    assert "has the lowest loss" in lean and "no order" not in lean
-    assert ("has the lowest loss" in eager) == (not off) == ("no order" not in eager)
+    assert "the lowest mean loss is" in lean and "no order" not in lean
+    assert ("the lowest mean loss is" in eager) == (not off) == ("no order" not in eager)
     assert not off or (eager.endswith(f"no order, as the clock is {doubt}.") and "losses of 4 arms are " in eager)
     by_clock = timed.curves["pydocs"]
     tables = [equal_time.standing(curve) for curve in by_clock.values()]

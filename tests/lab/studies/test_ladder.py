@@ -111,7 +111,7 @@ def test_a_rung_with_wrong_gradients_is_not_climbed_on(tmp_path):
     table = ladder.climb_table(arms, found)
     assert table["status"].tolist() == ["ok", "ok", "wrong gradients"]
     said = " ".join(ladder.findings(table, tmp_path))
-    assert "'lean optimiser' runs at 1.2 times" in said and "2,000" not in said
+    assert "'lean optimiser' runs at 1,200 real tokens/s, 1.2 times" in said and "2,000" not in said
     assert "'float8' has no result: wrong gradients, their norms differ" in said
     assert "2,000" not in ladder.climb_figure(table, FULL_ROWS).alt
 
@@ -214,7 +214,7 @@ def test_sentences_follow_from_the_records(climbed, tmp_path):
     _, _, table = climbed
     said = ladder.findings(table, tmp_path)
     assert (
-        "corpus, mini-batches: 'flattened' runs at 1.5 times the real tokens/s of 'padded, SDPA' (1,500), " in said[0]
+        "corpus, mini-batches: 'flattened' runs at 1,500 real tokens/s, 1.5 times 'padded, SDPA' (1,000), " in said[0]
     )
     assert said[0].endswith("from 25% to 38% of the limit.")
     text = "\n".join(said)
@@ -241,7 +241,9 @@ def test_a_climb_whose_own_repeats_are_off_says_so_and_ranks_nothing(tmp_path, s
     off, text = second > 0.1, "\n".join(said)
     red = [sentence for sentence in said if isinstance(sentence, Doubt)]
     assert [sentence[:24] for sentence in red] == (["a run: Repeats are off: "] if off else [])
-    assert "'float8' runs at 1.5 times the real tokens/s of 'full rows'" in text, "what was measured is still said"
+    assert "'float8' runs at 1,500 real tokens/s, 1.5 times 'full rows' (1,000)" in text, (
+        "what was measured is still said"
+    )
     assert "2 predictions come within 20%" in text
     assert [word in text for word in RANKS] == [not off] * 3
 
@@ -318,8 +320,12 @@ def test_adapters_are_a_second_pair_of_columns():
 
 def test_where_neither_data_nor_records_are_it_says_so(tmp_path):
     arms = ladder.arms(BASE, MINI_BATCHES)
+    folder = records.run_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"corpus 'corpus.npz' is not here, and .* has no records"):
+        ladder.measure(arms, folder)
+    records.write_record(folder, records.unfinished("another", {"corpus": "x"}, "oom", "of another notebook"))
     with pytest.raises(FileNotFoundError, match=r"corpus 'corpus.npz' is not here, and no rung has a record on it"):
-        ladder.measure(arms, records.run_folder(tmp_path))
+        ladder.measure(arms, folder)
 
 
 def test_predictions_are_said_before_anything_is_measured():
