@@ -8,6 +8,7 @@ alone. Every arm has its own learning rate, the best of a grid on a seed that is
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -347,7 +348,8 @@ def figure(by_clock: Mapping[str, pd.DataFrame], corpus: str) -> Picture:
             ax.fill_between(x, by_step["loss"].min(), by_step["loss"].max(), color=color, alpha=0.12, linewidth=0)
         ax.axvline(end, color="0.4", linewidth=1, label="the last second that all runs fill")
         doubt = doubt_of(curve)
-        ax.set(title=f"{label},\n{doubt}" if doubt else label, xlabel="seconds of training")
+        title = textwrap.fill(f"{label}, {doubt}" if doubt else label, 46)
+        ax.set(title=title, xlabel="seconds of training")
     axes[0].set_ylabel("validation loss (nats per token)")
     drawn.legend(handles=axes[0].get_lines(), loc="outside lower center", ncols=min(3, len(axes) + 1))
     return figures.head(drawn, f"{corpus}: loss after so many seconds")
