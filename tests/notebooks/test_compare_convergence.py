@@ -69,14 +69,14 @@ def test_every_section_draws_and_says_what_its_records_say(tmp_path):
     printed, summary = run(folder, FURTHER)
     assert set(summary["figures"]) == FIGURES
     said = "\n".join(summary["findings"])
+    assert "this run's own steps: " in printed and "this run's own steps: after" in said
     for part in (
-        "this run's own steps: ",
         "against mini-batches at equal steps",
         "exactly constant examples",
         "in context",
     ):
         assert part in said and part in printed, part
-    assert "pysource, first rows: “" in said and "21 of 21 planned runs have no result" in said
+    assert "pysource, first rows, against “" in said and "21 of 21 planned runs have no result" in said
     assert "nan" not in said
 
 

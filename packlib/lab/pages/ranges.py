@@ -180,6 +180,7 @@ FIELDS = [field.name for field in fields(RunSpec)]
 RULES: dict[str, Rule] = {
     "batch_size": COUNT,
     "batch_sizes": COUNTS,
+    "beside": each(one_of([*KERNELS])),
     "chunks": COUNTS,
     "climbs": some(in_keys([*FIELDS, "climb", "rungs", "keep"])),
     "corpora": some(some()),

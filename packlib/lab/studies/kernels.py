@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from pandas.io.formats.style import Styler
 from torch import Tensor
 
 from packlib.attention import flex
@@ -286,6 +287,15 @@ def beside_each_other(table: pd.DataFrame) -> pd.DataFrame:
     largest = table[table["tokens"] == table["tokens"].max()].set_index("kernel")
     share = largest["metrics.useful_flops_per_s"] / largest["metrics.matmul_flops_ceiling"]
     return speed.assign(**{"share of the ceiling": share}).sort_values("share of the ceiling", ascending=False)
+
+
+def kernels_shown(table: pd.DataFrame) -> Styler:
+    """`beside_each_other` as it is read; an empty table without kernels."""
+    if table.empty:
+        return pd.DataFrame().style
+    speeds = beside_each_other(table)
+    formats: dict[Any, str] = dict.fromkeys(speeds.columns[:-1], "{:.2e}")
+    return speeds.style.format(formats | {speeds.columns[-1]: "{:.1%}"}, na_rep="")
 
 
 def kernel_findings(table: pd.DataFrame) -> list[str]:

@@ -67,7 +67,7 @@ def measured(run: Path, published: Sequence[str] = ()) -> pd.DataFrame:
     one = ["run_id", "environment.created"]  # another folder may have measured the same spec on another device
     further = [*one, "run", "architecture", "status", "environment.concurrent_runs", *ARM]
     frame = frame.reindex(columns=list(dict.fromkeys([*frame, *further, *FIELDS])))
-    return frame[frame["strategy"].isin(list(STRATEGIES))].drop_duplicates(one).reset_index(drop=True)
+    return frame[frame["strategy"].isin(list(STRATEGIES))].drop_duplicates(one).reset_index(drop=True).copy()
 
 
 def _loaded(folder: Path) -> pd.DataFrame:

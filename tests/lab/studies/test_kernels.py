@@ -195,6 +195,8 @@ def test_the_fastest_kernel_leads(tmp_path):
     table = kernels.beside_each_other(timed)
     last = timed[timed["tokens"] == 256].set_index("kernel")["metrics.useful_flops_per_s"]
     assert table.index[0] == last.idxmax() and table[256].to_dict() == last.to_dict()
+    assert "share of the ceiling" in kernels.kernels_shown(timed).to_html()
+    assert kernels.kernels_shown(timed[:0]).data.empty and kernels.kernel_findings(timed[:0]) == []
     (said,) = kernels.kernel_findings(timed)
     assert said.startswith(f"Of varlen kernels, {last.idxmax()} does most at 256 tokens: {last.max() / last.min():.2f}")
     assert kernels.kernel_findings(timed[timed["kernel"] == "sdpa"]) == []
