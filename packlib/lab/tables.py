@@ -326,7 +326,8 @@ def paired_differences(frame: pd.DataFrame, value: str, base: str = "padding", a
         row = {"label": label, "strategy": group["strategy"].iloc[0], "difference": found.mean}
         row |= {"low": found.low, "high": found.high, "standard_errors": found.standard_errors, "n": len(common)}
         rows.append(row)
-    return pd.DataFrame(rows)
+    columns = ["label", "strategy", "difference", "low", "high", "standard_errors", "n"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def display_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -334,6 +334,12 @@ def test_differences_are_paired_by_seed():
     )
     assert packed["label"] == "MiniBatchPacking + PosID"
     assert found.loc["multipack_posid", "n"] == 1 and math.isnan(found.loc["multipack_posid", "low"])
+    nothing = tables.paired_differences(frame, "loss", base="no such arm")
+    assert nothing.empty and set(nothing) == {"strategy", *found}, "a table without rows has its columns"
+    with pytest.raises(
+        ValueError, match="arm 'padding' has more than one run of seed 1; expected the runs of one setting"
+    ):
+        tables.paired_differences(pd.concat([frame, frame[1:2]]), "loss")
 
 
 # the paper

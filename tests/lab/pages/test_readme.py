@@ -1,13 +1,14 @@
 """README.md is what the records say: `make tables` finds what is wrong, mends it, and refuses what it does not know."""
 
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from packlib.lab import figures, records
 from packlib.lab.pages import readme
-from packlib.lab.runs.spec import RunSpec
+from packlib.lab.runs.spec import Rig, RunSpec
 from packlib.lab.studies import convergence
 from tests.lab.studies import made_records
 
@@ -150,6 +151,17 @@ def test_losses_follow_from_records_of_notebook_07(tmp_path, monkeypatch):
         r"\| math \| FixedLengthPacking \(contaminated\), equal steps \| 8 \| 1.2500 \| \+0.2500 nats .*3 seeds\) \|"
     )
     assert re.match(fixed, lines[6])
+
+    for arm in arms:  # on another rig every loss is 7 higher, and each arm is held against its own padding
+        if arm.variant == "":
+            other = replace(arm.spec, rig=Rig(fused_loss=True))
+            metrics = {"optimizer_steps": 8, "eval_loss_per_token": 8.0 + wobble[arm.spec.seed]}
+            made_records.write(folder, other, metrics=metrics, environment={"created": "2026-01-02"})
+    both = readme.losses(records.load_records(folder), "made").splitlines()
+    assert both[: len(lines)] == lines
+    padding, flattened = both[len(lines) :]
+    assert padding == "| math (fused loss) | Padding | 8 | 8.0000 |  |"
+    assert flattened.startswith("| math (fused loss) | MiniBatchPacking + PosID | 8 | 8.0000 | +0.0000 nats")
 
     timed = records.run_folder("timed")
     made_records.write(timed, base, metrics={"optimizer_steps": 4})

@@ -163,6 +163,22 @@ def test_types_are_checked_before_anything_runs(project):
     assert reproduce.load_preset("mini")["notebooks"] == {"01_first": {"rate": 1, "seed": 2}}
 
 
+def test_a_notebook_may_share_the_parameters_of_another_preset(project):
+    for name in ("01_first", "02_second"):
+        write_notebook(project, name, ENDS)
+    write_preset(project, {"01_first": {"seed": 5}, "02_second": None})
+    presets = project / "papermill_runs" / "presets"
+    (presets / "mini.yaml").rename(presets / "other.yaml")
+    write_preset(project, {"01_first": "other"})
+    assert reproduce.load_preset("mini")["notebooks"] == {"01_first": {"seed": 5}}
+    write_preset(project, {"02_second": "other"})
+    with pytest.raises(ValueError, match="preset mini, 02_second: preset other has no parameters for it"):
+        reproduce.load_preset("mini")
+    write_preset(project, {"01_first": "otter"})
+    with pytest.raises(ValueError, match="unknown preset 'otter'"):
+        reproduce.load_preset("mini")
+
+
 @pytest.mark.parametrize("tags", [0, 2])
 def test_one_cell_is_tagged(project, tags):
     path = write_notebook(project, "01_x", tags=tags)
