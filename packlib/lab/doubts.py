@@ -19,6 +19,7 @@ from packlib.lab import records, tables
 CONTROL = 0.03  # a batch of one: packing's speed over padding's, from 1
 REPEATS = 0.03  # median step times of an arm's repeats, largest over smallest, from 1
 PAIR = ("padding", "minibatch_packing")
+BATCH = ["batch_size", "gradient_accumulation"]
 
 
 class Doubt(str):
@@ -46,14 +47,15 @@ def by_run(frame: pd.DataFrame, own: Iterable[str] | None = None) -> dict[str, l
     """What is said against each run folder's times, in sentences that begin with its name; nothing of the others.
 
     frame: runs with a column `run`, the folder's name. own: ids of the runs that a study shows, if not all: then the
-    doubts are of settings that these were measured in, and of the folder's other runs a plain line says what is off.
+    doubts are of settings that these were measured in, with batches of any size (a control has batches of one), and of
+    the folder's other runs a plain line says what is off.
     """
     if not {"run", "strategy"} <= set(frame):
         return {}
     found: dict[str, list[str]] = {}
     ids = None if own is None else list(own)
     for run, runs in frame[frame["strategy"].notna()].groupby("run", sort=False):
-        setting = _by_setting(runs, []).ngroup()
+        setting = _by_setting(runs.drop(columns=BATCH, errors="ignore"), []).ngroup()
         shown = setting.isin(setting if ids is None else setting[runs["run_id"].isin(ids)])
         said: list[str] = [Doubt(f"{run}: {doubt}", doubt.short) for doubt in doubts(runs[shown])]
         if off := in_short(doubts(runs[~shown])):
@@ -121,16 +123,20 @@ def repeat_spread(frame: pd.DataFrame) -> float:
 
 
 def _controls(timed: pd.DataFrame) -> list[tuple[float, str]]:
-    """Of every setting with one example a batch: packing's speed over padding's, and where that is."""
+    """Of every setting with one example a batch: packing's speed over padding's, and where that is.
+
+    Padding that is unpadded inside attention, or, where a rig cannot have that (CUDA graphs), through SDPA.
+    """
     if "metrics.tokens_per_s.mean" not in timed:
         return []
-    one = timed[(timed["batch_size"] == 1) & timed["strategy"].isin(PAIR) & (timed["kernel"] == "auto")]
+    one = timed[(timed["batch_size"] == 1) & timed["strategy"].isin(PAIR)]
     found = []
     for _, group in _by_setting(one, []):
-        rate = group.groupby("strategy")["metrics.tokens_per_s.mean"].median()
-        if set(PAIR) <= set(rate.index):
+        rate = group.groupby(["strategy", "kernel"])["metrics.tokens_per_s.mean"].median()
+        padded = [rate[arm] for kernel in ("auto", "maskless_sdpa") if (arm := ("padding", kernel)) in rate]
+        if padded and (packed := ("minibatch_packing", "auto")) in rate:
             where = f"{tables.short(group['model'].iloc[0])} on {tables.short(group['corpus'].iloc[0])}"
-            found.append((float(rate["minibatch_packing"] / rate["padding"]), where))
+            found.append((float(rate[packed] / padded[0]), where))
     return found
 
 

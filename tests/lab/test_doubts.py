@@ -36,6 +36,16 @@ def test_sentences_name_the_run_that_they_are_about():
     assert doubts.by_run(frame(*control(1.2))) == {} == doubts.by_run(pd.DataFrame()), "of no run"
 
 
+def test_where_only_sdpa_pads_it_is_the_control():
+    """As in CUDA graphs; beside padding that is unpadded inside attention, this counts and SDPA does not."""
+    packed = control(1.2, run="x")[1]
+    sdpa = control(1.0, run="x")[0] | {"kernel": "maskless_sdpa"}
+    assert doubts.in_short(doubts.by_run(frame(sdpa, packed))["x"]) == "control off"
+    unpadded = control(1.0, run="x")[0] | {"metrics.tokens_per_s.mean": 120.0}
+    assert doubts.by_run(frame(sdpa, packed, unpadded)) == {}
+    assert doubts.by_run(frame(sdpa | {"kernel": "transformers_sdpa"}, packed)) == {}, "it builds masks"
+
+
 def test_repeats_in_two_runs_are_none():
     first, second = repeated(0.7)
     assert doubts.by_run(frame(first | {"run": "a"}, second | {"run": "b"})) == {}
@@ -55,6 +65,15 @@ def test_a_study_is_told_of_its_own_runs_in_red_and_of_others_in_plain(what):
 
 def test_a_repeat_that_a_study_does_not_show_speaks_against_the_one_that_it_does():
     assert doubts.by_run(frame(*repeated(0.7, run="x")), ["r1"])["x"][0].startswith("x: Repeats are off")
+
+
+def test_a_control_speaks_against_larger_batches_of_its_rig_and_of_no_other():
+    own = row(run="x", **{"rig.lean": True})
+    off = control(1.2, run="x", **{"rig.lean": True})
+    assert doubts.in_short(doubts.by_run(frame(own, *off), ["r0"])["x"]) == "control off"
+    elsewhere = control(1.2, run="x", **{"rig.lean": False})
+    (line,) = doubts.by_run(frame(own, *elsewhere), ["r0"])["x"]
+    assert not isinstance(line, Doubt)
 
 
 def test_a_folder_without_records_or_with_other_records_is_in_no_doubt(tmp_path):

@@ -59,6 +59,8 @@ def execute(spec: RunSpec, run_id: str, folder: Path, progress: Callable[[str], 
     transformers.logging.disable_progress_bar()
     disable_progress_bars()
     first = int(os.environ.get("RANK", 0)) == 0
+    if torch.cuda.is_available():
+        own_cores(int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(max(1, torch.get_num_threads() // (records.concurrent_runs() * spec.world_size)))
     try:
         head = {"run_id": run_id, "status": "ok", "error": None, "spec": asdict(spec)}
@@ -83,6 +85,18 @@ def execute(spec: RunSpec, run_id: str, folder: Path, progress: Callable[[str], 
     except FileExistsError:  # another rank has failed before
         pass
     return record["status"] == "ok"
+
+
+def own_cores(rank: int, ranks: int) -> None:
+    """Tie this process to its share of the cores: ranks that launch eagerly otherwise push each other around.
+
+    Nothing where they are one, share fewer cores than they are, or the system has no affinity.
+    """
+    if ranks > 1 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        share = len(cores) // ranks
+        if share:
+            os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
 
 
 def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:

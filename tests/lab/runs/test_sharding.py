@@ -10,7 +10,7 @@ import pytest
 
 from packlib.lab import records, tables
 from packlib.lab.pages import reproduce
-from packlib.lab.runs import experiment
+from packlib.lab.runs import experiment, worker
 from packlib.lab.runs.spec import Rig, RunSpec
 from packlib.lab.studies import throughput
 from tests.lab.runs import sharded_training
@@ -31,6 +31,15 @@ def on_two_ranks(out, rig, *options):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     return sharded_training.train(tmp_path_factory.mktemp("alone"), Rig())
+
+
+def test_ranks_share_the_cores_and_one_keeps_them_all(monkeypatch):
+    held = []
+    monkeypatch.setattr(worker.os, "sched_getaffinity", lambda process: {7, 2, 3, 9, 11}, raising=False)
+    monkeypatch.setattr(worker.os, "sched_setaffinity", lambda process, cores: held.append(cores), raising=False)
+    for rank, ranks in ((0, 2), (1, 2), (0, 1), (3, 8)):
+        worker.own_cores(rank, ranks)
+    assert held == [[2, 3], [7, 9]]
 
 
 def close(values):
