@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"], help="default: float32")
     add("--device", help="default: the GPU if there is one")
     add("--json", action="store_true", help="print the whole report as JSON")
-    add("--strict", action="store_true", help="fail on a leak")
+    add("--strict", action="store_true", help="fail unless examples are apart")
 
     add = command(_book, "make a static site of notebooks, runs and what is written about them").add_argument
     runs = ["h200", "h100", "h200x2", "cpu"]
@@ -142,7 +142,11 @@ def _advise(arguments: argparse.Namespace) -> str:
     corpus = load_corpus(arguments.data, tokenizer=arguments.tokenizer, limit=arguments.limit)
     names = ("batch_size", "max_tokens", "gradient_accumulation", "world_size", "model")
     options = {name: getattr(arguments, name) for name in names}
-    runs = records.read_records(records.run_folder(arguments.records, create=False))
+    folder = records.run_folder(arguments.records, create=False)
+    if not folder.exists() and arguments.records != "cpu":
+        known = sorted(path.parent.name for path in records.runs_folder().glob("*/records"))
+        raise ValueError(f"--records = {arguments.records!r} is no run folder; known: {', '.join(known)}")
+    runs = records.read_records(folder)
     advice = advise(corpus.lengths, runs=runs, **options)
     if arguments.out:
         from packlib.lab import figures
@@ -183,7 +187,7 @@ def _isolation(arguments: argparse.Namespace) -> str:
         model.to(device)
         report = check_isolation(model, kernel=arguments.kernel)
     text = json.dumps(report.to_dict(), indent=1) if arguments.json else str(report)
-    if arguments.strict and report.verdict == "leak":
+    if arguments.strict and not report.isolated:
         raise ContaminationError(text)
     return text
 

@@ -47,8 +47,9 @@ class FlatteningCollator:
     Returns a dict of `input_ids`, `labels`, `position_ids` int64 [1, T]; `seq_idx` int32 [1, T] (segment number of each
     token); `cu_seq_lens_q`, `cu_seq_lens_k` int32 [segments + 1] (one tensor); `max_length_q`, `max_length_k` int; and,
     with `pad_to_multiple_of`, `pad_tail` True, for attention that has to know. Never an attention_mask: with one,
-    transformers takes the mask
-    and drops the boundaries. All tensors on the CPU. O(T), no per-token Python for arrays.
+    transformers takes the mask and drops the boundaries. Its own attention (sdpa, eager) also drops them where a cache
+    is kept: Trainer turns it off, a loop of your own passes `use_cache=False`. All tensors on the CPU.
+    O(T), no per-token Python for arrays.
 
     Raises `ValueError`, naming the feature's index: no tokens, labels or boundaries that do not fit or contradict each
     other, a mask with zeros, tokens that are not a flat list of integers, columns that change the result and cannot be

@@ -101,7 +101,10 @@ def sliced(example: Mapping[str, Any], size: int, start: int, stop: int) -> dict
 
 
 def _present(features: Sequence[Feature]) -> set[str]:
-    """Columns that some feature has a value for. Raises for those that cannot be honoured."""
+    """Columns that some feature has a value for. Raises for those that cannot be honoured, and for other things."""
+    for i, feature in enumerate(features):
+        if not isinstance(feature, Mapping):
+            raise ValueError(f"features[{i}] is a {type(feature).__name__}; expected a mapping that has 'input_ids'")
     kinds = {tuple(feature) for feature in features}  # features have the same columns, as a rule
     names = {name for kind in kinds for name in kind}
     present = {name for name in names if any(feature.get(name) is not None for feature in features)}

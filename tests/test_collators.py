@@ -11,6 +11,7 @@ from transformers import DataCollatorWithFlattening
 
 from packlib.attention import varlen_attention
 from packlib.collators import IGNORE_INDEX, FlatteningCollator, PaddingCollator
+from packlib.lab.small_models import small_model
 
 WORKED = [[10, 11, 12, 13], [*range(20, 28)], [*range(30, 35)], [*range(40, 50), 410]]  # PAPER.md, §3.5
 
@@ -217,3 +218,24 @@ def test_fuzzed_bad_input_names_the_example(lengths, data):
     spoil(examples[index])
     with pytest.raises(ValueError, match=rf"features\[{index}\].*{match}"):
         FlatteningCollator()(examples)
+
+
+@pytest.mark.parametrize("feature", [torch.tensor([1, 2]), [1, 2], "input_ids"])
+def test_a_feature_that_is_no_mapping_is_named(feature):
+    expected = rf"features\[1\] is a {type(feature).__name__}; expected a mapping that has 'input_ids'"
+    with pytest.raises(ValueError, match=expected):
+        FlatteningCollator()([{"input_ids": [1, 2]}, feature])
+
+
+@torch.no_grad()
+def test_with_a_cache_transformers_own_attention_drops_boundaries():
+    """What the docstring says to pass, and what happens without: the same examples, another loss."""
+    model, features = small_model("llama"), [{"input_ids": list(range(3, 3 + n))} for n in (5, 9)]
+    batch = FlatteningCollator()(features)
+    apart = model(**batch, use_cache=False).loss
+    alone = [
+        model(**FlatteningCollator()([feature]), use_cache=False).loss * (len(feature["input_ids"]) - 1)
+        for feature in features
+    ]
+    assert torch.allclose(apart, sum(alone) / 12, atol=1e-6)
+    assert not torch.allclose(apart, model(**batch, use_cache=True).loss, atol=1e-4)

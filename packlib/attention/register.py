@@ -198,7 +198,7 @@ def _forward(
     if key.shape[2] != length:
         raise ValueError(
             f"{type(module).__name__} has {length} queries but {key.shape[2]} keys: packlib_varlen is for training, "
-            "without a cache and without attention to other tokens; generate with sdpa"
+            "without a cache and without attention to other tokens; generate after set_attn_implementation('sdpa')"
         )
     # 2. What the mask asks for, and what the call says.
     routed = attention_mask is None and _collects_router_logits(getattr(module, "config", None))

@@ -290,7 +290,11 @@ def _recommend(found: Sequence[Prediction]) -> str:
         )
     if packed.speed_up * (1 - error) < WORTH:
         gain = f"the predicted {packed.speed_up:.2f} × is within the error of ±{error:.0%}"
-        return f"Probably not worth it: {waste}, and {gain}; measure before you switch."
+        fuller = ""
+        if multi.speed_up * (1 - (multi.speed_up_error or 0.0)) >= WORTH:
+            steps = f"{multi.optimizer_steps:,} instead of {padding.optimizer_steps:,} steps an epoch"
+            fuller = f" Fuller batches are beyond it: multipack {multi.speed_up:.2f} ×, with {steps}."
+        return f"Mini-batch packing is probably not worth it: {waste}, and {gain}; measure before you switch.{fuller}"
     also = ""
     if grouped.speed_up > 0.95 * packed.speed_up:
         gets = f"group by length gets {grouped.speed_up:.2f} × with one setting"

@@ -235,7 +235,9 @@ class Plan:
         )
 
     def apply(self, dataset: Dataset, folder: str | os.PathLike | None = None) -> Dataset:
-        """The packed rows as a `datasets.Dataset` that plain TRL trains on. O(tokens).
+        """The packed rows as a `datasets.Dataset` for `FlatteningCollator`, or TRL with `padding_free=True`. O(tokens).
+
+        Other collators drop the boundaries: examples of a row then see each other, without a word.
 
         With `folder`, a new one, rows are written there in shards while they are made, and read from there: memory
         holds one shard. `datasets.load_from_disk` opens the folder again.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from packlib.attention import flash_stand_in, register_attention
+from packlib.attention import KERNELS, flash_stand_in, register_attention
 from packlib.collators import FlatteningCollator
 from packlib.isolation import ContaminationError, check_equivalence, check_isolation
 from packlib.isolation.probe import length_thresholds, packed_batch
@@ -174,7 +174,10 @@ def test_a_refusal_is_neither_a_leak_nor_isolation():
         batch = packed_batch(examples)
         return {name: batch[name] for name in ("input_ids", "position_ids", "use_cache")}
 
-    report = check_isolation(small_model("llama", "packlib_varlen"), batch_builder=position_ids_alone, strict=True)
+    model = small_model("llama", "packlib_varlen")
+    with pytest.raises(ContaminationError, match="REFUSED"):
+        check_isolation(model, batch_builder=position_ids_alone, strict=True)
+    report = check_isolation(model, batch_builder=position_ids_alone)
     assert (
         report.verdict == "refused" and "no boundaries reached the attention" in report.reason and not report.isolated
     )
@@ -252,3 +255,10 @@ def test_llama_4s_temperature_counts_the_row_and_is_seen_to():
 def test_llama_4s_chunks_are_refused():
     report = check_isolation(llama4(attention_chunk_size=8), kernel="sdpa")
     assert report.verdict == "refused" and not report.isolated and "chunk" in report.reason
+
+
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_every_kernel_may_be_asked_by_name(kernel):
+    """What is not here is refused for what it lacks, never for what it is called."""
+    report = check_isolation(small_model("llama"), kernel=kernel)
+    assert report.isolated or "does not work here" in report.reason

@@ -1,7 +1,7 @@
 """Advice on a machine whose costs are known: what it predicts, recommends, and says of its own limits."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -54,6 +54,17 @@ def test_recommendations():
     assert advise(same, max_tokens=128).recommendation.startswith("Do not pack: padding spends 1.00 slots on a token")
     assert "not worth it" in advise(same, max_tokens=1024, runs=RUNS).recommendation
     assert "group by length gets" in advise(NARROW, max_tokens=1024).recommendation
+
+
+def test_fuller_batches_are_told_where_mini_batches_are_within_the_error():
+    found = {p.strategy: p for p in advise(TAIL, max_tokens=1024, runs=RUNS).strategies}
+    found["minibatch_packing"] = replace(found["minibatch_packing"], speed_up=1.2, speed_up_error=0.3)
+    told = {}
+    for multi in (3.0, 1.3):
+        found["multipack_posid"] = replace(found["multipack_posid"], speed_up=multi, speed_up_error=0.3)
+        told[multi] = advice._recommend(list(found.values()))
+    assert all(said.startswith("Mini-batch packing is probably not worth it") for said in told.values())
+    assert "Fuller batches are beyond it: multipack 3.00 ×" in told[3.0] and "Fuller" not in told[1.3]
 
 
 def test_without_records_it_says_that_it_guesses():

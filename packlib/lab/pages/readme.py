@@ -104,7 +104,7 @@ def worth(frame: pd.DataFrame, run: str) -> str:
     full = ""
     if len(theirs):
         best = rows[rate].iloc[0]
-        full = f"; full rows reach {best:,.0f} real tokens/s, {best / theirs.median():.2f} × TRL's packing as it comes"
+        full = f"; full rows reach {best:,.0f} real tokens/s there, and {theirs.median():,.0f} as TRL packs and trains them"
     shown = ok.loc[[*ok.index[in_graphs], *rows.index]]
     return _cautions(shown) + (
         f"**{NAME} on {_devices(shown)}, batches of {SETTING['batch_size']}, on a rig that its host does not hold up: "
