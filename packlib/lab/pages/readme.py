@@ -104,7 +104,8 @@ def worth(frame: pd.DataFrame, run: str) -> str:
     full = ""
     if len(theirs):
         best = rows[rate].iloc[0]
-        full = f"; full rows reach {best:,.0f} real tokens/s there, and {theirs.median():,.0f} as TRL packs and trains them"
+        rates = f"{best:,.0f} real tokens/s there, and {theirs.median():,.0f} as TRL packs and trains them"
+        full = f"; full rows reach {rates}"
     shown = ok.loc[[*ok.index[in_graphs], *rows.index]]
     return _cautions(shown) + (
         f"**{NAME} on {_devices(shown)}, batches of {SETTING['batch_size']}, on a rig that its host does not hold up: "
