@@ -135,7 +135,7 @@ def corpus(tmp_path):
 def test_command_prints_text_and_json(corpus, capsys):
     assert (
         __main__.main(
-            ["advise", str(corpus), "--max-tokens", "256", "--model", "tiny-llama", "--records", "no-such-run"]
+            ["advise", str(corpus), "--max-tokens", "256", "--model", "tiny-llama", "--records", str(corpus.parent)]
         )
         == 0
     )
@@ -167,7 +167,7 @@ def test_command_names_the_rung_that_gains_most(corpus, capsys):
     assert __main__.main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["rig"]
     assert found["rungs"][0]["gain"] is None and "From 'padded, SDPA'" in found["recommendation"]
-    assert __main__.main(["advise", str(corpus), "--records", "no-such-run", "--rig"]) == 1
+    assert __main__.main(["advise", str(corpus), "--records", str(corpus.parent), "--rig"]) == 1
     assert "no climb has two finished rungs among these records" in capsys.readouterr().err
 
 
