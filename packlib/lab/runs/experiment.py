@@ -123,14 +123,15 @@ def run(specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.i
 def run_here(
     specs: Iterable[RunSpec], folder: Path, *, progress: Progress = logger.info
 ) -> list[dict[str, Any] | None]:
-    """`run` for those whose corpus is here; of the others the record, or None where there is none, in order.
+    """`run` where a corpus is here; where none is, the record of each, or None, in order.
 
-    So what is published of a run is redrawn where its data are not, and a line says what is missing of it. Raises as
-    `run` does, and `FileNotFoundError` where nothing can be run and `folder` has no record at all.
+    So what is published of a run is redrawn where its data are not, and a line says what is missing of it; who has a
+    part of the data is told of the rest before any arm starts. Raises as `run` does, and `FileNotFoundError` where
+    nothing can be run and `folder` has no record at all.
     """
     specs = list(specs)
-    here = [spec for spec in specs if content_sha256(spec.corpus, spec.tokenizer) is not None]
-    run(here, folder, progress=progress)
+    if any(content_sha256(spec.corpus, spec.tokenizer) is not None for spec in specs):
+        return [*run(specs, folder, progress=progress)]
     found = [find(spec, folder) for spec in specs]
     missing = {spec.corpus for spec, record in zip(specs, found) if record is None}
     if missing:

@@ -620,7 +620,11 @@ def findings(found: pd.DataFrame, gaps: Mapping[str, float]) -> list[str]:
     agree = "every step's training loss of padding and MiniBatchPacking agrees to"
     said += [f"{corpus}: {agree} {gap:.1e} nats." for corpus, gap in gaps.items()]
     said += [f"Atoms, {best_atoms(runs, corpus)}" for corpus, runs in by_corpus(atoms_table(found)).items()]
-    missing = int((found["status"] != "ok").sum())
-    if missing:
-        said.append(f"{missing} of {len(found)} planned runs have no result in this folder.")
-    return said
+    return said + unfinished(found)
+
+
+def unfinished(*tables_of_arms: pd.DataFrame) -> list[str]:
+    """How many planned runs of `results` have no result, in a sentence; nothing where all have."""
+    statuses = [status for table in tables_of_arms for status in table["status"]]
+    missing = sum(status != "ok" for status in statuses)
+    return [f"{missing} of {len(statuses)} planned runs have no result in this folder."] if missing else []

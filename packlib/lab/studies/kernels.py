@@ -300,10 +300,10 @@ def kernels_shown(table: pd.DataFrame) -> Styler:
 
 def kernel_findings(table: pd.DataFrame) -> list[str]:
     """Which kernel is the fastest at most tokens, and by how much; nothing with fewer than two."""
-    if table["kernel"].nunique() < 2:
-        return []
     largest = table[table["tokens"] == table["tokens"].max()].set_index("kernel")
-    speed = largest["metrics.useful_flops_per_s"].sort_values(ascending=False)
+    speed = largest["metrics.useful_flops_per_s"].dropna().sort_values(ascending=False)
+    if len(speed) < 2:
+        return []
     others = ", ".join(f"{speed.iloc[0] / rate:.2f} times that of {name}" for name, rate in speed.iloc[1:].items())
     return [f"Of varlen kernels, {speed.index[0]} does most at {largest['tokens'].iloc[0]} tokens: {others}."]
 

@@ -273,7 +273,7 @@ def same_examples(one: RunSpec, other: RunSpec) -> bool:
 
 
 def measure(arms: Sequence[Arm], folder: Path, *, progress: experiment.Progress = print) -> list[Record | None]:
-    """The record of each arm, in order; those without one are run where their corpus is here, and else left at None.
+    """The record of each arm, in order; those without one are run, or left at None where no corpus of theirs is here.
 
     So a published climb can be redrawn where neither its data nor its device is. Raises `FileNotFoundError` where
     nothing can be run and nothing has a record, and as `experiment.run` does.

@@ -188,7 +188,7 @@ def _findings(found: pd.DataFrame, corpus: str) -> list[str]:
         if not gap["low"] > 0:
             said.append(f"{corpus}, {name}: the interval of the gap holds 0 (or has one seed), so no cause is named.")
             continue
-        verdicts = rows.apply(verdict, axis=1)
+        verdicts = pd.Series([verdict(row) for row in rows.to_dict("records")], index=rows.index, dtype=object)
         for kind in (CAUSE, PART):
             said += [f"{corpus}, {name}: {_took(row)}: {kind}." for row in rows[verdicts == kind].to_dict("records")]
         for kind, told in OTHERS.items():

@@ -256,6 +256,9 @@ def test_what_is_published_of_a_run_is_redrawn_where_its_data_are_not(tmp_path):
     found = experiment.run_here([absent, done], folder, progress=said.append)
     assert found[0] is None and found[1]["error"] == "as published"
     assert said[-1].startswith("1 of 2 arms have no record, and their corpus is not here: ")
+    with pytest.raises(FileNotFoundError, match=r"no\.jsonl' is not here, and padding has no record on it"):
+        experiment.run_here([BASE, absent], folder)  # a part of the data: nothing is trained before this is said
+    assert len(files(folder)) == 1
 
 
 def test_a_corpus_that_is_not_here_stops_a_sweep_before_its_first_arm(tmp_path, monkeypatch):

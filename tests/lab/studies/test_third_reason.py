@@ -99,3 +99,5 @@ def test_without_a_gap_no_cause_is_named(measured):
         said = [line for line in third_reason.findings(found) if "per token" in line]
         assert len(said) == 2 and said[1].endswith("so no cause is named.")
     assert third_reason.findings(measured[:0]) == []
+    pair = [convergence.arm_label(MINI), convergence.arm_label(*GAP.changed)]
+    assert len(third_reason.findings(measured[measured["arm"].isin(pair)])) == 2, "the gap alone, by either average"
