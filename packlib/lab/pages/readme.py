@@ -23,7 +23,7 @@ from packlib.attention import KERNELS
 from packlib.lab import doubts, figures, paper, records, tables
 from packlib.lab.pages import report
 from packlib.lab.parameters import unknown_name
-from packlib.lab.studies import convergence, cutting, third_reason, throughput
+from packlib.lab.studies import convergence, cutting, neighbours, third_reason, throughput
 from packlib.lab.studies import paper as comparison
 
 BLOCK = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
@@ -236,10 +236,10 @@ def climb(frame: pd.DataFrame, run: str) -> str:
 
 
 def learned(frame: pd.DataFrame, run: str) -> str:
-    """What notebook 07 found at equal time, of the third reason, of constant examples and of cutting, with a figure."""
+    """What 07 found at equal time, of the third reason, constant examples, neighbours and cutting, with a figure."""
     summary = records.read_json(records.run_folder(run, create=False) / "summaries" / "07_compare_convergence.json")
     about = ["the lowest mean loss is", third_reason.GAP_SAID, f"{third_reason.CAUSE}.", f"{third_reason.PART}."]
-    about += [f", {convergence.EXACT}: ", "Neighbours: "]
+    about += [f", {convergence.EXACT}: ", "Neighbours: ", *(f": {pair}: " for pair in neighbours.PAIRS)]
     about += [
         f", {name}, against “" for name in ("every token", f"first {cutting.EARLY} tokens", "behind the first row")
     ]

@@ -77,14 +77,21 @@ def effects(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def losses(found: pd.DataFrame) -> pd.DataFrame:
+    """Mean validation loss over seeds, alone and in context, an arm a row."""
+    return found.groupby(["corpus", "arm"], sort=False)[list(VALUES.values())].mean().set_axis(list(VALUES), axis=1)
+
+
 def answers(found: pd.DataFrame) -> pd.DataFrame:
     """`convergence.exact_matches` of held-out examples alone and in context, an arm a row."""
     return pd.concat({"alone": exact_matches(found), "in context": exact_matches(found, FURTHER[1])}, axis=1)
 
 
 def figure(found: pd.DataFrame, corpus: str) -> Picture:
-    """`effects` as intervals."""
-    drawn = figures.forest(effects(found), f"{corpus}: when a neighbour helps", "difference of validation loss")
+    """`effects` as intervals: held-out examples alone, and beside it in context."""
+    table = effects(found)
+    table["label"], title = table["pair"], f"{corpus}: when a neighbour helps"
+    drawn = figures.forest(table, title, "difference of validation loss", panels="where")
     drawn.alt = f"Differences of validation loss on {corpus} between rows with related and random neighbours"
     return drawn
 
@@ -96,8 +103,13 @@ def findings(found: pd.DataFrame) -> list[str]:
     """
     if len(found) and not (found["status"] == "ok").any():
         return [f"Neighbours: not measured yet, none of {len(found)} runs has a result."]
-    rows = [(corpus, row) for corpus, runs in by_corpus(found).items() for row in effects(runs).to_dict("records")]
-    return [f"{corpus}: {row['label']}: {_verdict(row)}." for corpus, row in rows]
+    said = []
+    for corpus, runs in by_corpus(found).items():
+        table = effects(runs)
+        for pair, rows in table.groupby("pair", sort=False) if len(table) else ():
+            told = "; ".join(f"{row['where']}, {_verdict(row)}" for row in rows.to_dict("records"))
+            said.append(f"{corpus}: {pair}: {told}.")
+    return said
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

@@ -49,10 +49,8 @@ def test_a_neighbour_costs_alone_and_helps_in_context(beside):
     assert table.loc[f"{related}, alone", "difference"] == pytest.approx(0.3, abs=3e-3)
     assert table.loc[f"{related}, in context", "difference"] == pytest.approx(-0.2, abs=3e-3)
     said = dict(line.removeprefix("arithmetic: ").split(": ", 1) for line in neighbours.findings(beside))
-    assert said[f"{related}, alone"].startswith("a cost, +0.3") and said[f"{related}, in context"].startswith(
-        "a gain, -0.2"
-    )
-    assert said["Related for random neighbours, boundaries, in context"].startswith("the same within 0.01 nats")
+    assert said[related].startswith("alone, a cost, +0.3") and "; in context, a gain, -0.2" in said[related]
+    assert "in context, the same within 0.01 nats" in said["Related for random neighbours, boundaries"]
     assert neighbours.findings(beside[beside["seed"] == 0])[0].endswith("measure more seeds.")
     answers = neighbours.answers(beside)
     assert (
@@ -61,7 +59,11 @@ def test_a_neighbour_costs_alone_and_helps_in_context(beside):
     )
     figure = neighbours.figure(beside, "arithmetic")
     figure.canvas.draw()
-    assert "arithmetic" in figure.alt and len(figure.axes[0].get_yticklabels()) == 8
+    assert "arithmetic" in figure.alt and len(figure.axes[0].get_yticklabels()) == 4
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["alone", "in context"]
+    levels = neighbours.losses(beside)
+    assert levels["alone"].tolist() == pytest.approx([3.3, 3, 3.3, 3], abs=3e-3)
+    assert levels["in context"].tolist() == pytest.approx([3, 3, 2.8, 3], abs=3e-3)
     assert neighbours.findings(beside[:0]) == []
     (missing,) = neighbours.findings(beside.assign(status="missing"))
     assert missing == "Neighbours: not measured yet, none of 12 runs has a result."
