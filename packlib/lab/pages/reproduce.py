@@ -42,6 +42,7 @@ from packlib.lab.parameters import check_parameters, unknown_name
 from packlib.lab.runs import experiment
 
 WIDTH = 100  # columns of a listing
+LONGEST_PLAIN = 5_000  # characters of a table as plain text, beside its HTML
 TICK = 0.5  # seconds between two looks at how far a notebook is
 PATIENCE = 5  # seconds for a notebook to end after Ctrl-C
 
@@ -239,6 +240,9 @@ def _publishable(path: Path, folder: Path, doubts: Sequence[str] = ()) -> None:
             cell.source = re.sub(r"\]\((?!\w+:|#)", f"]({up}/", cell.source)
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+        for shown in (output.get("data", {}) for output in cell.get("outputs", [])):
+            if "text/html" in shown and len(shown.get("text/plain", "")) > LONGEST_PLAIN:
+                del shown["text/plain"]  # nobody reads a table so, and GitHub does not render large notebooks
     if doubts:
         notebook.cells.insert(1, nbformat.v4.new_markdown_cell(alarm(doubts), id="doubts"))
     nbformat.write(notebook, path)
