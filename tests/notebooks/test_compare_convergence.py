@@ -73,7 +73,7 @@ def test_every_section_draws_and_says_what_its_records_say(tmp_path):
     for part in (
         "against mini-batches at equal steps",
         "exactly constant examples",
-        "in context",
+        "behind related examples",
     ):
         assert part in said and part in printed, part
     assert "pysource, first rows, against “" in said and "21 of 21 planned runs have no result" in said

@@ -239,7 +239,7 @@ def learned(frame: pd.DataFrame, run: str) -> str:
     """What 07 found at equal time, of the third reason, constant examples, neighbours and cutting, with a figure."""
     summary = records.read_json(records.run_folder(run, create=False) / "summaries" / "07_compare_convergence.json")
     about = ["the lowest mean loss is", third_reason.GAP_SAID, f"{third_reason.CAUSE}.", f"{third_reason.PART}."]
-    about += [f", {convergence.EXACT}: ", "Neighbours: ", *(f": {pair}: " for pair in neighbours.PAIRS)]
+    about += [f", {convergence.EXACT}: ", "Neighbours: ", *(f": {pair}, " for pair in neighbours.PAIRS)]
     about += [
         f", {name}, against “" for name in ("every token", f"first {cutting.EARLY} tokens", "behind the first row")
     ]

@@ -34,12 +34,12 @@ from packlib.lab.studies.convergence import (
 OWN = {"rows_per_step", "seeds"}
 RELATED = f"{STEPS}, neighbours"
 FURTHER = ("eval_loss_per_token_in_context", "exact_match_in_context")
-VALUES = {"alone": "per_token", "in context": FURTHER[0]}
+VALUES = {"alone": "per_token", "behind related examples": FURTHER[0]}
 PAIRS = {
     "No boundaries, random neighbours": ((FIXED, STEPS), (POSID, STEPS)),
     "No boundaries, related neighbours": ((FIXED, RELATED), (POSID, RELATED)),
-    "Related for random neighbours, no boundaries": ((FIXED, RELATED), (FIXED, STEPS)),
-    "Related for random neighbours, boundaries": ((POSID, RELATED), (POSID, STEPS)),
+    "Related instead of random neighbours, no boundaries": ((FIXED, RELATED), (FIXED, STEPS)),
+    "Related instead of random neighbours, boundaries": ((POSID, RELATED), (POSID, STEPS)),
 }
 
 
@@ -67,32 +67,35 @@ def arms(settings: Sequence[Mapping[str, Any]], **shared: Any) -> list[Arm]:
 
 
 def effects(found: pd.DataFrame) -> pd.DataFrame:
-    """PAIRS on one corpus, held-out examples alone and in context: rows of `convergence.differences`, and `where`."""
+    """PAIRS on one corpus: rows of `convergence.differences`, and `where` held-out examples stand (VALUES)."""
     rows = []
     for label, (changed, base) in PAIRS.items():
         runs = found[found["arm"].isin([arm_label(*changed), arm_label(*base)])]
         for where, value in VALUES.items():
             for row in differences(runs, arm_label(*base), value).to_dict("records"):
-                rows.append(row | {"label": f"{label}, {where}", "pair": label, "where": where})
-    return pd.DataFrame(rows)
+                rows.append(row | {"label": label, "where": where})
+    return pd.DataFrame(rows, columns=None if rows else ["label", "where"])
 
 
 def losses(found: pd.DataFrame) -> pd.DataFrame:
-    """Mean validation loss over seeds, alone and in context, an arm a row."""
+    """Mean validation loss over seeds where held-out examples stand, an arm a row."""
     return found.groupby(["corpus", "arm"], sort=False)[list(VALUES.values())].mean().set_axis(list(VALUES), axis=1)
 
 
 def answers(found: pd.DataFrame) -> pd.DataFrame:
-    """`convergence.exact_matches` of held-out examples alone and in context, an arm a row."""
-    return pd.concat({"alone": exact_matches(found), "in context": exact_matches(found, FURTHER[1])}, axis=1)
+    """`convergence.exact_matches` where held-out examples stand, an arm a row."""
+    values = zip(VALUES, ("exact_match", FURTHER[1]))
+    return pd.concat({where: exact_matches(found, value) for where, value in values}, axis=1)
 
 
 def figure(found: pd.DataFrame, corpus: str) -> Picture:
-    """`effects` as intervals: held-out examples alone, and beside it in context."""
-    table = effects(found)
-    table["label"], title = table["pair"], f"{corpus}: when a neighbour helps"
-    drawn = figures.forest(table, title, "difference of validation loss", panels="where")
-    drawn.alt = f"Differences of validation loss on {corpus} between rows with related and random neighbours"
+    """`effects` as intervals, a panel for each place where held-out examples stand."""
+    title = f"{corpus}: when a neighbour helps"
+    drawn = figures.forest(effects(found), title, "difference of validation loss", panels="where")
+    drawn.alt = (
+        f"Differences of validation loss on {corpus} between rows without and with boundaries, and with related and "
+        f"random neighbours, {' and '.join(VALUES)}"
+    )
     return drawn
 
 
@@ -105,10 +108,9 @@ def findings(found: pd.DataFrame) -> list[str]:
         return [f"Neighbours: not measured yet, none of {len(found)} runs has a result."]
     said = []
     for corpus, runs in by_corpus(found).items():
-        table = effects(runs)
-        for pair, rows in table.groupby("pair", sort=False) if len(table) else ():
-            told = "; ".join(f"{row['where']}, {_verdict(row)}" for row in rows.to_dict("records"))
-            said.append(f"{corpus}: {pair}: {told}.")
+        for label, rows in effects(runs).groupby("label", sort=False):
+            told = "; ".join(f"{row['where']}: {_verdict(row)}" for row in rows.to_dict("records"))
+            said.append(f"{corpus}: {label}, held-out examples {told}.")
     return said
 
 

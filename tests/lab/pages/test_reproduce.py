@@ -218,6 +218,19 @@ def test_what_is_doubted_stands_below_the_title(project):
     assert len(nbformat.read(path, 4).cells) == 3, "the negative control: nothing is put there without a doubt"
 
 
+def test_a_long_table_is_kept_as_html_alone(project):
+    path = write_notebook(project, "01_x", "1 / 2")
+    notebook = nbformat.read(path, 4)
+    long = "x" * (reproduce.LONGEST_PLAIN + 1)
+    tables = [{"text/html": "<b>1</b>", "text/plain": long}, {"text/html": "<b>1</b>", "text/plain": "1"}]
+    given = [*tables, {"text/plain": long}]
+    notebook.cells[-1].outputs = [nbformat.v4.new_output("display_data", data) for data in given]
+    nbformat.write(notebook, path)
+    reproduce._publishable(path, project)
+    kept = [output.data for output in nbformat.read(path, 4).cells[-1].outputs]
+    assert kept == [{"text/html": "<b>1</b>"}, *given[1:]], "what is short, or has no HTML, stays"
+
+
 # what need not run again
 
 

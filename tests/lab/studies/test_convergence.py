@@ -152,9 +152,7 @@ def test_causes_are_paired_by_seed(measured):
         and contamination["low"] > 0.3
         and contamination["n"] == 3
     )
-    assert "a cost, +0.3" in contamination["advice"] and contamination["advice"].endswith(
-        "asked alone (behind others: neighbours)."
-    )
+    assert "a cost, +0.3" in contamination["advice"] and contamination["advice"].endswith("will be asked alone.")
     assert table.loc["Fewer steps, fixed length", "difference"] == pytest.approx(0.9, abs=0.02)
     assert "undecided" in table.loc["Flattening the same mini-batches", "advice"]
     assert abs(table.loc["Packing whole examples, constant examples", "standard_errors"]) < 4

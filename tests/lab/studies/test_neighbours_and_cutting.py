@@ -43,27 +43,27 @@ def test_all_four_arms_take_the_same_steps():
 
 
 def test_a_neighbour_costs_alone_and_helps_in_context(beside):
-    table = neighbours.effects(beside).set_index("label")
+    alone, behind = neighbours.VALUES
+    table = neighbours.effects(beside).set_index(["label", "where"])
     assert len(table) == 8 and table["n"].eq(3).all()
     related = "No boundaries, related neighbours"
-    assert table.loc[f"{related}, alone", "difference"] == pytest.approx(0.3, abs=3e-3)
-    assert table.loc[f"{related}, in context", "difference"] == pytest.approx(-0.2, abs=3e-3)
-    said = dict(line.removeprefix("arithmetic: ").split(": ", 1) for line in neighbours.findings(beside))
-    assert said[related].startswith("alone, a cost, +0.3") and "; in context, a gain, -0.2" in said[related]
-    assert "in context, the same within 0.01 nats" in said["Related for random neighbours, boundaries"]
+    assert table.loc[(related, alone), "difference"] == pytest.approx(0.3, abs=3e-3)
+    assert table.loc[(related, behind), "difference"] == pytest.approx(-0.2, abs=3e-3)
+    said = dict(line.removeprefix("arithmetic: ").split(", held-out examples ") for line in neighbours.findings(beside))
+    assert list(said) == list(neighbours.PAIRS)
+    assert said[related].startswith(f"{alone}: a cost, +0.3") and f"; {behind}: a gain, -0.2" in said[related]
+    assert f"{behind}: the same within 0.01 nats" in said["Related instead of random neighbours, boundaries"]
     assert neighbours.findings(beside[beside["seed"] == 0])[0].endswith("measure more seeds.")
     answers = neighbours.answers(beside)
-    assert (
-        answers["alone", "mean"].tolist() == [0.25] * 4
-        and answers["in context", "mean"].tolist() == [0.25] * 2 + [0.5] * 2
-    )
+    assert answers[alone, "mean"].tolist() == [0.25] * 4
+    assert answers[behind, "mean"].tolist() == [0.25] * 2 + [0.5] * 2
+    levels = neighbours.losses(beside)
+    assert levels[alone].tolist() == pytest.approx([3.3, 3, 3.3, 3], abs=3e-3)
+    assert levels[behind].tolist() == pytest.approx([3, 3, 2.8, 3], abs=3e-3)
     figure = neighbours.figure(beside, "arithmetic")
     figure.canvas.draw()
     assert "arithmetic" in figure.alt and len(figure.axes[0].get_yticklabels()) == 4
-    assert [ax.get_title(loc="left") for ax in figure.axes] == ["alone", "in context"]
-    levels = neighbours.losses(beside)
-    assert levels["alone"].tolist() == pytest.approx([3.3, 3, 3.3, 3], abs=3e-3)
-    assert levels["in context"].tolist() == pytest.approx([3, 3, 2.8, 3], abs=3e-3)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == [alone, behind]
     assert neighbours.findings(beside[:0]) == []
     (missing,) = neighbours.findings(beside.assign(status="missing"))
     assert missing == "Neighbours: not measured yet, none of 12 runs has a result."
