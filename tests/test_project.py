@@ -292,7 +292,7 @@ def test_readme_lists_every_environment_variable():
 # ---- packlib
 
 
-CORE = [path for path in MODULES if "lab" not in path.parts and path.stem != "__main__"]
+CORE = [path for path in MODULES if ROOT / "packlib" / "lab" not in path.parents and path.stem != "__main__"]
 # Imported where Plan.apply, Plan.view and stream are called, when a data set is at hand.
 LAZY = {"rows": {"datasets", "pyarrow"}, "view": {"datasets", "pyarrow"}, "iterable": {"datasets"}}
 OWN_EXTRA = {"liger_kernel": "liger-kernel", "torchao": "torchao"}  # [liger], [float8]
@@ -422,7 +422,7 @@ def unpublishable(path):
 
 @with_git
 def test_published_notebooks():
-    published = [path for path in TRACKED if path.suffix == ".ipynb" and "papermill_runs" in path.parts]
+    published = [path for path in TRACKED if path.suffix == ".ipynb" and ROOT / "papermill_runs" in path.parents]
     assert published and not {path.name: unpublishable(path) for path in published if unpublishable(path)}
 
 

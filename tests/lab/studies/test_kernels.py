@@ -192,6 +192,7 @@ def test_the_fastest_kernel_leads(tmp_path):
     timed = kernels.sweep(folder, kernels.of_kernels(folder, SPEC, "even", [128, 256], ["reference", "sdpa"]))
     assert set(timed["metrics.kernel"]) == {"reference", "sdpa"}
     timed["metrics.useful_flops_per_s"] = [float(10 * (i + 1)) for i in range(len(timed))]
+    timed["metrics.matmul_flops_ceiling"] = [10.0 ** (i + 3) for i in range(len(timed))]  # shares fall as rates rise
     table = kernels.beside_each_other(timed)
     last = timed[timed["tokens"] == 256].set_index("kernel")["metrics.useful_flops_per_s"]
     assert table.index[0] == last.idxmax() and table[256].to_dict() == last.to_dict()
