@@ -7,7 +7,7 @@ collators, for a plan's view and for a stream alike. A fixed number of array ope
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,16 +88,24 @@ def token_values(name: str, example: Mapping[str, Any]) -> bool:
     return hasattr(value, "__len__") and not isinstance(value, str) and len(value) == len(example["input_ids"])
 
 
-def sliced(example: Mapping[str, Any], size: int, start: int, stop: int) -> dict[str, Any]:
-    """Tokens `start:stop` of an example of `size` tokens, and of every column that has a value for each of them."""
-    segments = segments_of(example, size, "an example")
-    if segments is not None and len(segments) > 1:
+def sliced(example: Mapping[str, Any], size: int, cuts: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Pieces `(start, stop)` of an example of `size` tokens, of every column that has a value for each of them, too.
+
+    What `concatenate` asks of an example is asked of the whole one, once; a piece says by `seq_lengths` that it is one.
+    """
+    try:
+        segments = concatenate([example]).segments
+    except ValueError as error:
+        raise ValueError(f"an example of {size} tokens: {str(error).replace('features[0]', 'it')}") from None
+    if len(segments) > 1:
         raise ValueError(f"an example of {size} tokens is packed already: it has {len(segments)} segments")
-    return {
-        name: value[start:stop] if token_values(name, {name: value, "input_ids": example["input_ids"]}) else value
-        for name, value in example.items()
-        if name not in BOUNDARIES
-    }
+    columns = {name: value for name, value in example.items() if name not in BOUNDARIES}
+    aligned = {name for name in columns if token_values(name, example)}
+    return [
+        {name: value[start:stop] if name in aligned else value for name, value in columns.items()}
+        | {LENGTHS: [stop - start]}
+        for start, stop in cuts
+    ]
 
 
 def _present(features: Sequence[Feature]) -> set[str]:

@@ -173,8 +173,8 @@ class _Rows(_BaseExamplesIterable):
                 'pass overflow="split" or "truncate"'
             )
         if self.block.overflow == "truncate":
-            return [sliced(feature, size, 0, most)], size - most
-        return [sliced(feature, size, start, min(start + most, size)) for start in range(0, size, most)], 0
+            return sliced(feature, size, [(0, most)]), size - most
+        return sliced(feature, size, [(start, min(start + most, size)) for start in range(0, size, most)]), 0
 
     @property
     def num_shards(self) -> int:

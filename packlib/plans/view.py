@@ -166,7 +166,7 @@ class PackedView(Dataset):
             if stop > size:
                 raise ValueError(f"example {number} has {size} tokens; the plan takes {stop}: planned for other data?")
         features = [
-            example if cut == (0, size) else sliced(example, size, *cut)
+            example if cut == (0, size) else sliced(example, size, [cut])[0]
             for example, size, cut in zip(examples, sizes, cuts)
         ]
         row: dict[str, Any] = packed_row(features, segments["example"])

@@ -17,7 +17,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from packlib.collators import FlatteningCollator
-from packlib.plans import best_fit_decreasing, fixed_length
+from packlib.plans import best_fit_decreasing, fixed_length, stream
 from packlib.plans.view import PackedView
 from tests.plans.training import losses
 
@@ -58,6 +58,19 @@ def test_a_view_has_the_rows_of_the_table(data, capacity, seed):
     assert [lists(row) for row in view] == list(table)
     rows = view[1:3] if len(view) > 2 else view[:]
     assert rows["seq_lengths"][0].tolist() == table[1 if len(view) > 2 else 0]["seq_lengths"]
+
+
+def test_a_piece_is_not_suspected_of_lost_boundaries():
+    """Labels that leave out a piece's first token and single ones inside look packed; the whole example does not."""
+    left_out = {0, 1, 4, 6}
+    dataset = examples([8], labels=[[-100 if t in left_out else t for t in range(8)]])
+    plan = fixed_length([8], 4)
+    assert [lists(row) for row in plan.view(dataset)] == list(plan.apply(dataset))
+    packed = examples([8], labels=[[-100 if t in {0, 4, 6} else t for t in range(8)]])
+    with pytest.raises(ValueError, match="example of 8 tokens: it was packed and has lost its boundaries"):
+        plan.view(packed)[0]
+    said = packed[0] | {"seq_lengths": [8]}
+    assert [row["seq_lengths"] for row in stream([said], 4, overflow="split", buffer=1)] == [[4], [4]]
 
 
 def test_a_view_is_a_data_set():
