@@ -116,10 +116,9 @@ def _reproduce(arguments: argparse.Namespace) -> str:
 
 
 def _presets(arguments: argparse.Namespace) -> str:
-    with _no_iri_formats():
-        from packlib.lab.pages import reproduce
+    from packlib.lab import presets
 
-    return reproduce.listing()
+    return presets.listing()
 
 
 def _corpora(arguments: argparse.Namespace) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 from packlib import __main__
 from packlib.__main__ import main
 from packlib.lab.pages import report, reproduce
+from packlib.lab.presets import presets
 from packlib.lab.small_models import small_model
 from packlib.lab.strategies import STRATEGIES
 
@@ -82,6 +83,12 @@ def test_a_command_pays_for_its_own_imports_alone():
     heavy, _ = imports_and_seconds("strategies")
     assert "numpy" in heavy, "the negative control: a command that runs does import"
     assert "papermill" not in heavy and "matplotlib" not in heavy
+
+
+def test_presets_are_listed_without_what_runs_them():
+    """A second of CPU time, where torch, transformers and papermill take six."""
+    heavy, seconds = imports_and_seconds("presets")
+    assert heavy == set() and seconds < 1
 
 
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys):
@@ -179,7 +186,7 @@ except Said:
 def test_presets_are_listed(capsys):
     assert main(["presets"]) == 0
     text = capsys.readouterr().out
-    for name in reproduce.presets():
+    for name in presets():
         assert re.search(rf"^{name} +\S.*; (about \d+ minutes|not timed yet); notebooks \d\d", text, re.MULTILINE), name
     assert max(map(len, text.splitlines())) <= 100
 

@@ -20,6 +20,7 @@ from packlib import __main__
 from packlib.lab import records
 from packlib.lab.data.tokenizers import train_bpe
 from packlib.lab.pages import reproduce
+from packlib.lab.presets import presets
 from packlib.lab.small_models import small_model
 
 ROOT = records.project_root()
@@ -163,9 +164,9 @@ def problem(words):
     """What is wrong with a command, or None."""
     if words[0] == "make":
         targets = re.findall(r"^(\w+):", read("Makefile"), flags=re.MULTILINE)
-        presets = [word.removeprefix("PRESET=") for word in words if word.startswith("PRESET=")]
+        named = [word.removeprefix("PRESET=") for word in words if word.startswith("PRESET=")]
         unknown = [word for word in words[1:] if "=" not in word and word not in targets]
-        return next(iter(unknown + [preset for preset in presets if preset not in reproduce.presets()]), None)
+        return next(iter(unknown + [preset for preset in named if preset not in presets()]), None)
     try:
         __main__.parser().parse_args(words[3:])
     except SystemExit:

@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from packlib.atomic import atomic_write
+
+if TYPE_CHECKING:  # a third of a second, which only tables need
+    import pandas as pd
 
 CONCURRENT = "PACKLIB_CONCURRENT_RUNS"
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "flash-attn", "flash-attn-4")
@@ -137,6 +138,8 @@ def as_table(found: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     Spec fields keep their names (`strategy`, `rig.recompute`), others are dotted (`plan.fill`). A run that says nothing
     of others had the device alone.
     """
+    import pandas as pd
+
     rows = []
     for record in found:
         names = ("run_id", "status", "error", "environment", "plan", "metrics")

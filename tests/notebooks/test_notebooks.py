@@ -13,7 +13,7 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from packlib.lab import records
+from packlib.lab import presets, records
 from packlib.lab.pages import notebook, reproduce
 
 NOTEBOOKS = reproduce.notebooks()
@@ -161,7 +161,7 @@ def test_parameter_of_the_wrong_type_stops_the_notebook(tmp_path):
 def test_what_is_wrong_in_a_preset_is_an_error(notebooks, error, message, tmp_path, monkeypatch):
     preset = tmp_path / "bad.yaml"
     preset.write_text(yaml.safe_dump({"description": "", "notebooks": notebooks}), encoding="utf-8")
-    monkeypatch.setattr(reproduce, "presets", lambda: {"bad": preset})
+    monkeypatch.setattr(presets, "presets", lambda: {"bad": preset})
     with pytest.raises(error, match=message):
         reproduce.load_preset("bad")
 
@@ -171,7 +171,7 @@ def test_unknown_preset_is_an_error():
         reproduce.load_preset("smok")
 
 
-@pytest.mark.parametrize("name", sorted(reproduce.presets()))
+@pytest.mark.parametrize("name", sorted(presets.presets()))
 def test_presets_name_known_notebooks_and_parameters(name):
     preset = reproduce.load_preset(name)
     assert preset["description"]

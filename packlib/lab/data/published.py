@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from packlib.atomic import atomic_write
-from packlib.lab import records
 from packlib.lab.data import tokenizers
 from packlib.lab.data.corpora import CORPORA, DATA, content_sha256, load_corpus, located
 from packlib.lab.parameters import unknown_name
+from packlib.lab.presets import presets, read_preset
 
 SOURCES = ("auto", "hub", "packages")
 GRADE_SCHOOL_MATH = (
@@ -104,9 +103,9 @@ def _is_here(name: str) -> bool:
 def _named_by_presets() -> dict[str, list[str]]:
     """Data file -> the presets that name it."""
     found: dict[str, list[str]] = {}
-    for path in sorted((records.runs_folder() / "presets").glob("*.yaml")):
-        for name in needed(yaml.safe_load(path.read_text(encoding="utf-8"))):
-            found.setdefault(name, []).append(path.stem)
+    for preset in presets():
+        for name in needed(read_preset(preset)):
+            found.setdefault(name, []).append(preset)
     return found
 
 
@@ -114,9 +113,9 @@ def listing() -> str:
     """What `python -m packlib corpora` prints: corpora by name, and the files that presets need."""
     lines = ["built in, made of the standard library or by a seeded generator: pydocs, arithmetic, pysource"]
     lines += ["from the Hub: flan, orcamath, stack, or hub:ORG/NAME", "", "named by presets:"]
-    for name, presets in _named_by_presets().items():
+    for name, users in _named_by_presets().items():
         where = located(name) if _is_here(name) else "missing"
-        lines.append(f"  {name:<32} {', '.join(presets):<24} {where}")
+        lines.append(f"  {name:<32} {', '.join(users):<24} {where}")
     return "\n".join([*lines, "", f"make them: python -m packlib corpora OUT [NAME ...], then export {DATA}=$PWD/OUT"])
 
 

@@ -27,6 +27,7 @@ from bs4 import BeautifulSoup, Tag
 
 from packlib.lab import records
 from packlib.lab.pages import reproduce
+from packlib.lab.presets import presets
 
 logger = logging.getLogger(__name__)
 FILL_IN = "smoke"  # preset of the notebooks that no run has, but for what is published
@@ -201,7 +202,7 @@ def _which_run(executed: Path, sources: Path) -> str:
     run = executed.parent.name
     devices = {record["environment"]["device"] for record in records.read_records(executed.parent)}
     text = f"Shown as run `{run}` left it{', on ' + ' and '.join(sorted(devices)) if devices else ''}."
-    if run in reproduce.presets():
+    if run in presets():
         text += f" {reproduce.load_preset(run)['description'].strip()}"
     if _code(executed) != _code(sources / executed.name):
         text += " The notebook has changed since."

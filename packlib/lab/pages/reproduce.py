@@ -1,8 +1,5 @@
 """Presets -> papermill -> executed notebooks, records, figures and a report.
 
-A preset is `papermill_runs/presets/<name>.yaml`: `description` (what it is for), `hardware`, `minutes` (about how
-many it takes there, where that is known), and `notebooks`, mapping a notebook to its parameters, or to the name of the
-preset that it shares them with.
 Each notebook's last cell writes `summaries/<notebook>.json`; a notebook counts as done only when papermill succeeded
 and that file is new. A call resumes where the one before stopped: what has a record is not run again.
 """
@@ -15,7 +12,6 @@ import logging
 import os
 import re
 import signal
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +21,6 @@ from typing import Any, TextIO
 
 import nbformat
 import papermill
-import yaml
 from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 
@@ -39,9 +34,9 @@ from packlib.lab.pages.progress import Progress, heard
 from packlib.lab.pages.ranges import check_ranges
 from packlib.lab.pages.report import write_report
 from packlib.lab.parameters import check_parameters, unknown_name
+from packlib.lab.presets import read_preset
 from packlib.lab.runs import experiment
 
-WIDTH = 100  # columns of a listing
 LONGEST_PLAIN = 5_000  # characters of a table as plain text, beside its HTML
 TICK = 0.5  # seconds between two looks at how far a notebook is
 PATIENCE = 5  # seconds for a notebook to end after Ctrl-C
@@ -51,37 +46,19 @@ class NotebookFailed(RuntimeError):
     """A notebook did not reach its last cell; the executed notebook shows where."""
 
 
-def presets() -> dict[str, Path]:
-    """Names of the presets and their files."""
-    return {path.stem: path for path in sorted((records.runs_folder() / "presets").glob("*.yaml"))}
-
-
-def listing() -> str:
-    """The presets: what for, on what, how long, and which notebooks."""
-    told = []
-    for name, path in presets().items():
-        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
-        numbers = " ".join(notebook[:2] for notebook in preset["notebooks"])
-        minutes = f"about {preset['minutes']:g} minutes" if "minutes" in preset else "not timed yet"
-        facts = f"{preset['hardware']}; {minutes}; notebooks {numbers}"
-        text = textwrap.wrap(preset["description"].strip(), WIDTH - 10)
-        told.append("\n".join([f"{name:10}{facts}", *(f"{'':10}{line}" for line in text)]))
-    return "\n\n".join(told)
-
-
 def load_preset(name: str) -> dict[str, Any]:
     """A preset's contents, every notebook with its parameters.
 
     Raises `ValueError` for an unknown preset, notebook or parameter, listing the known ones, and for a value out of its
     range; `TypeError` for a parameter of another type than its default in the notebook.
     """
-    preset = _read_preset(name)
+    preset = read_preset(name)
     known = {path.stem: path for path in notebooks()}
     for notebook, parameters in preset["notebooks"].items():
         if notebook not in known:
             raise unknown_name("notebook", notebook, known)
         if isinstance(parameters, str):
-            shared = _read_preset(parameters)["notebooks"]
+            shared = read_preset(parameters)["notebooks"]
             if not isinstance(shared.get(notebook, ""), dict):
                 raise ValueError(f"preset {name}, {notebook}: preset {parameters} has no parameters for it")
             preset["notebooks"][notebook] = parameters = shared[notebook]
@@ -94,13 +71,6 @@ def load_preset(name: str) -> dict[str, Any]:
         except (TypeError, ValueError, OSError) as error:
             raise type(error)(f"preset {name}, {notebook}: {error}") from None
     return preset
-
-
-def _read_preset(name: str) -> dict[str, Any]:
-    if name not in presets():
-        raise unknown_name("preset", name, presets())
-    read: dict[str, Any] = yaml.safe_load(presets()[name].read_text(encoding="utf-8"))
-    return read
 
 
 def notebooks() -> list[Path]:

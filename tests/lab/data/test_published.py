@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from packlib.__main__ import main
+from packlib.lab import records
 from packlib.lab.data import published, tokenizers
 from packlib.lab.data.corpora import IGNORE_INDEX, load_corpus
 from packlib.lab.runs import experiment
@@ -59,7 +60,7 @@ def offline(monkeypatch, tmp_path):
         return out / "small"
 
     monkeypatch.setenv("PACKLIB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(published.records, "runs_folder", lambda: runs)
+    monkeypatch.setattr(records, "runs_folder", lambda: runs)
     monkeypatch.setattr(published, "_wheel", wheel)
     monkeypatch.setattr(published, "_download", download)
     monkeypatch.setattr(published, "content_sha256", lambda name: None)  # the Hub does not answer

@@ -348,12 +348,3 @@ raise SystemExit(__main__.main(["reproduce", "mini"]))
     child = int(log.read_text(encoding="utf-8").split("child ")[1].split()[0])
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     assert not list(log.parents[1].glob("*.ipynb")), "nothing looks finished"
-
-
-# presets
-
-
-def test_presets_are_listed(project):
-    write_notebook(project, "01_first", ENDS)
-    write_preset(project, {"01_first": None}, hardware="a machine", minutes=2)
-    assert reproduce.listing() == "mini      a machine; about 2 minutes; notebooks 01\n          made up"
