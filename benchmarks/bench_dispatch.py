@@ -26,9 +26,9 @@ def operators(attn_implementation: str, batch: dict) -> int:
     model = MistralForCausalLM._from_config(config, attn_implementation=attn_implementation)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    model(**batch, use_cache=False).loss.backward()
+    model(**batch | {"use_cache": False}).loss.backward()
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        model(**batch, use_cache=False).loss.backward()
+        model(**batch | {"use_cache": False}).loss.backward()
     return sum(event.name.startswith("aten::") for event in trace.events())
 
 

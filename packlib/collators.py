@@ -45,10 +45,10 @@ class FlatteningCollator:
     Inputs are not changed.
 
     Returns a dict of `input_ids`, `labels`, `position_ids` int64 [1, T]; `seq_idx` int32 [1, T] (segment number of each
-    token); `cu_seq_lens_q`, `cu_seq_lens_k` int32 [segments + 1] (one tensor); `max_length_q`, `max_length_k` int; and,
-    with `pad_to_multiple_of`, `pad_tail` True, for attention that has to know. Never an attention_mask: with one,
-    transformers takes the mask and drops the boundaries. Its own attention (sdpa, eager) also drops them where a cache
-    is kept: Trainer turns it off, a loop of your own passes `use_cache=False`. All tensors on the CPU.
+    token); `cu_seq_lens_q`, `cu_seq_lens_k` int32 [segments + 1] (one tensor); `max_length_q`, `max_length_k` int;
+    `use_cache` False, for with a cache transformers' own attention (sdpa, eager) drops boundaries; and, with
+    `pad_to_multiple_of`, `pad_tail` True, for attention that has to know. Never an attention_mask: with one,
+    transformers takes the mask and drops the boundaries. All tensors on the CPU.
     O(T), no per-token Python for arrays.
 
     Raises `ValueError`, naming the feature's index: no tokens, labels or boundaries that do not fit or contradict each
@@ -101,6 +101,7 @@ class FlatteningCollator:
         batch: dict[str, torch.Tensor | int] = {name: torch.from_numpy(flat)[None] for name, flat in arrays.items()}
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = cu_seqlens
         batch["max_length_q"] = batch["max_length_k"] = max_seqlen
+        batch["use_cache"] = False
         if self.pad_to_multiple_of:
             batch["pad_tail"] = True  # not its length: compiled layers would be compiled for each
         return batch

@@ -44,7 +44,7 @@ def test_same_tensors_as_transformers(worked):
     features = [{"input_ids": list(map(int, f["input_ids"])), "labels": list(map(int, f["input_ids"]))} for f in worked]
     theirs = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)(features)
     ours = FlatteningCollator()(features)
-    assert set(ours) == set(theirs)
+    assert set(ours) == {*theirs, "use_cache"}
     for name, value in theirs.items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(ours[name])), name
 
@@ -228,14 +228,13 @@ def test_a_feature_that_is_no_mapping_is_named(feature):
 
 
 @torch.no_grad()
-def test_with_a_cache_transformers_own_attention_drops_boundaries():
-    """What the docstring says to pass, and what happens without: the same examples, another loss."""
-    model, features = small_model("llama"), [{"input_ids": list(range(3, 3 + n))} for n in (5, 9)]
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_loop_of_ones_own_keeps_no_cache_and_so_drops_no_boundaries(attention):
+    """`model(**batch)` as anybody writes it, on a model whose config asks for a cache; and what a cache would do."""
+    model, features = small_model("llama", attention), [{"input_ids": list(range(3, 3 + n))} for n in (5, 9)]
+    model.config.use_cache = True
     batch = FlatteningCollator()(features)
-    apart = model(**batch, use_cache=False).loss
-    alone = [
-        model(**FlatteningCollator()([feature]), use_cache=False).loss * (len(feature["input_ids"]) - 1)
-        for feature in features
-    ]
+    apart = model(**batch).loss
+    alone = [model(**FlatteningCollator()([one])).loss * (len(one["input_ids"]) - 1) for one in features]
     assert torch.allclose(apart, sum(alone) / 12, atol=1e-6)
-    assert not torch.allclose(apart, model(**batch, use_cache=True).loss, atol=1e-4)
+    assert not torch.allclose(apart, model(**batch | {"use_cache": True}).loss, atol=1e-4)

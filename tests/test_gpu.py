@@ -152,7 +152,7 @@ def test_compiled_layers_go_on_behind_flash_attn_4():
         model = small_model("llama", attention, torch.bfloat16).to("cuda").train()
         if compiled:
             rig.compile_layers(model, dynamic=False)
-        model(**batch, use_cache=False).loss.backward()
+        model(**batch | {"use_cache": False}).loss.backward()
         found.append({name: p.grad.float() for name, p in model.named_parameters()})
     apart = {name: float((found[1][name] - eager).norm() / eager.norm()) for name, eager in found[0].items()}
     assert max(apart.values()) <= 0.05, {name: value for name, value in apart.items() if value > 0.05}
@@ -211,9 +211,9 @@ def test_fused_layers_compute_the_same_and_keep_examples_apart(monkeypatch):
         small_model("llama", register_attention(), torch.bfloat16).to("cuda"),
         on_gpu(FlatteningCollator()(features())),
     )
-    plain = model(**batch, use_cache=False).logits
+    plain = model(**batch | {"use_cache": False}).logits
     fuse_layers(model)
-    fused = model(**batch, use_cache=False).logits
+    fused = model(**batch | {"use_cache": False}).logits
     assert "Liger" in type(model.model.norm).__name__ or "Liger" in str(model.model.norm.forward)
     assert (fused - plain).abs().max() <= 0.02 * plain.abs().max()
     with torch.enable_grad():
@@ -267,7 +267,7 @@ def test_a_budget_leaves_the_gradients_of_what_keeps_everything(float8, monkeypa
         for recompute in ("none", 0.2):
             model = models.build_model("mistral-7b", attn_implementation=register_attention("auto"), **options).train()
             rig.prepare(model, Rig(compile="layers", recompute=recompute, float8=float8), one_shape=True)
-            model(**batch, use_cache=False).loss.backward()
+            model(**batch | {"use_cache": False}).loss.backward()
             found.append({name: p.grad.float() for name, p in model.named_parameters()})
     torch._inductor.config.joint_custom_pre_pass = None
     apart = {name: float((found[1][name] - kept).norm() / kept.norm()) for name, kept in found[0].items()}

@@ -25,7 +25,7 @@ def step(model, micro_batches, weighting, denominator=None):
     loss = 0.0
     for batch, weights, _ in weighted:
         inputs = {k: v for k, v in batch.items() if k not in ("labels", "seq_idx")}
-        part = weighted_loss(model(**inputs, use_cache=False).logits, batch["labels"], weights, denominator)
+        part = weighted_loss(model(**inputs | {"use_cache": False}).logits, batch["labels"], weights, denominator)
         part.backward()
         loss += float(part.detach())
     return loss, {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -60,7 +60,7 @@ def test_mean_of_micro_batch_means_is_another_loss():
 def test_per_token_is_the_loss_of_transformers():
     model, batch = small_model("llama"), FlatteningCollator()(features())
     inputs = {k: v for k, v in batch.items() if k != "seq_idx"}
-    theirs = model(**inputs, use_cache=False).loss
+    theirs = model(**inputs | {"use_cache": False}).loss
     assert step(model, [batch], "per_token")[0] == pytest.approx(float(theirs.detach()), rel=1e-6)
 
 

@@ -49,8 +49,9 @@ def register_attention(kernel: str = "auto", name: str = "packlib_varlen") -> st
     returns), padded [B, T] with a 2-D attention_mask, and plain [B, T], one sequence a row. The forward raises
     ValueError if a batch looks packed (position ids restart) but has no boundaries, has boundaries and a mask, or asks
     for what there is no kernel for: dropout, sinks, decoding from a cache, masks of the model's own, chunks shorter
-    than a segment, pads that a router's loss would count; and for models whose attention never calls what is registered
-    here. `name` must not contain "flash": transformers takes such names for kernels of its Hub.
+    than a segment, pads that a router's loss would count, replicas of DataParallel; and for models whose attention
+    never calls what is registered here. `name` must not contain "flash": transformers takes such names for kernels of
+    its Hub.
 
     >>> register_attention("sdpa", "packlib_example")
     'packlib_example'
@@ -238,6 +239,11 @@ def _forward(
         )
     elif batch != 1:
         raise ValueError(f"cu_seq_lens_q with {batch} rows; expected one flat row [1, T]")
+    elif getattr(module, "_is_replica", False):
+        raise ValueError(
+            "cu_seq_lens_q in a replica of DataParallel, which gives every GPU a piece of the boundaries; start one "
+            "process a GPU (accelerate launch, torchrun), or show the program one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
     elif cu_seq_lens_q.numel() < 2:
         raise ValueError(
             f"cu_seq_lens_q has {cu_seq_lens_q.numel()} entry: accelerate's dispatcher cuts every tensor of a batch of "

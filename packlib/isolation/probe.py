@@ -66,14 +66,10 @@ def length_thresholds(config: Any) -> dict[str, int]:
 
 
 def packed_batch(examples: Sequence[Sequence[int]], collator: FlatteningCollator | None = None) -> dict[str, Any]:
-    """The batch that `FlatteningCollator` makes, without labels and with the cache off.
-
-    With a cache, transformers no longer looks at position ids that restart; `use_cache` is set here and in
-    `alone_batch`, nowhere else.
-    """
+    """The batch that `FlatteningCollator` makes, without labels."""
     batch = (collator or FlatteningCollator())([{"input_ids": list(e)} for e in examples])
     del batch["labels"]
-    return batch | {"use_cache": False}
+    return batch
 
 
 def alone_batch(example: Sequence[int], copies: int = 1) -> dict[str, Any]:

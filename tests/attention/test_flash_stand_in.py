@@ -18,7 +18,7 @@ def test_flash_path_of_transformers(model_type):
         model = small_model(model_type, "flash_attention_2")
         assert torch.allclose(model(**batch).logits[0], truth, atol=1e-5 * float(truth.abs().max()))
         two_rows = {k: torch.cat([v, v]) for k, v in batch.items() if k in ("input_ids", "position_ids")}
-        leaked = model(**two_rows, use_cache=False).logits[0]
+        leaked = model(**two_rows | {"use_cache": False}).logits[0]
         assert not torch.allclose(leaked, truth, atol=0.1)  # packing is only seen at batch 1
 
 

@@ -155,7 +155,7 @@ def test_losses_are_those_of_padding_step_for_step():
         for step in range(8):
             batch = dict(collator(features((9, 20, 14), seed=step)))
             labels = batch.pop("labels")
-            logits = model(**batch, use_cache=False).logits.flatten(0, 1)
+            logits = model(**batch | {"use_cache": False}).logits.flatten(0, 1)
             count = (labels != -100).sum()
             loss = torch.nn.functional.cross_entropy(logits[:-1], labels.flatten()[1:], reduction="sum") / count
             loss.backward()

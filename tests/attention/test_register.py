@@ -113,6 +113,18 @@ def test_what_no_kernel_has_is_an_error():
         AutoModelForCausalLM.from_config(config, attn_implementation="packlib_varlen")(**packed(features()))
 
 
+def test_a_replica_of_data_parallel_is_refused_where_rows_are_packed():
+    """Each would get a piece of `cu_seqlens`. Padded lines can be shared out."""
+    model, padded = small_model("llama", "packlib_varlen"), PaddingCollator()(features())
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        whole = model(**padded | {"use_cache": False}).logits
+        layer.self_attn = layer.self_attn._replicate_for_data_parallel()
+        assert torch.equal(model(**padded | {"use_cache": False}).logits, whole)
+        with pytest.raises(ValueError, match="replica of DataParallel"):
+            model(**packed(features()))
+
+
 def test_names_and_kernels_are_checked_when_registering():
     with pytest.raises(ValueError, match='names with "flash"'):
         register_attention(name="my_flash")

@@ -45,7 +45,7 @@ def evaluate(
         batch = PaddingCollator(corpus.pad_token_id)([corpus.dataset[int(i)] for i in rows])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1]
+        logits = model(**batch | {"use_cache": False}).logits[:, :-1]
         scored = labels != IGNORE_INDEX
         loss = torch.zeros(labels.shape, device=logits.device)
         loss[scored] = cross_entropy(logits[scored].float(), labels[scored], reduction="none")

@@ -86,7 +86,7 @@ def _logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     """Logits where there are examples; zero on pads, which nobody reads."""
     batch.pop("labels")
     with torch.no_grad():
-        logits = model(**batch, use_cache=False).logits
+        logits = model(**batch | {"use_cache": False}).logits
     mask = batch.get("attention_mask")
     return logits if mask is None else logits * mask[..., None]
 

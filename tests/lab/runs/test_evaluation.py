@@ -82,7 +82,7 @@ def test_examples_that_see_each_other_have_another_loss():
     batch = FlatteningCollator(boundary="row")(
         [{"input_ids": [i for e in corpus.dataset for i in e["input_ids"]], "seq_lengths": LENGTHS.tolist()}]
     )
-    leaky = llama(**batch, use_cache=False).loss.item()
+    leaky = llama(**batch | {"use_cache": False}).loss.item()
     assert abs(leaky - evaluate(llama, corpus)["eval_loss_per_token"]) > 1e-4
 
 

@@ -429,7 +429,7 @@ def test_pads_change_shapes_and_nothing_else():
     assert padded["input_ids"].shape == (1, 16) and padded["cu_seq_lens_q"].tolist() == [0, 5, 8, 16, 16, 16, 16]
     assert padded["max_length_q"] == 8 and bare["max_length_q"] == 5
     assert torch.equal(padded["labels"][:, 8:], torch.full((1, 8), -100))
-    seen, alone = (model(**batch, use_cache=False) for batch in (padded, bare))
+    seen, alone = (model(**batch | {"use_cache": False}) for batch in (padded, bare))
     assert torch.allclose(seen.loss, alone.loss) and torch.allclose(seen.logits[:, :8], alone.logits, atol=1e-6)
     with pytest.raises(ValueError, match="the batch has 2 segments; expected at most pad_segments_to = 1"):
         FlatteningCollator(pad_segments_to=1)(examples)
