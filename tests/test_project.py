@@ -16,6 +16,7 @@ import yaml
 from datasets import Dataset
 from packaging.version import Version
 
+import packlib
 from packlib import __main__
 from packlib.lab import records
 from packlib.lab.data.tokenizers import train_bpe
@@ -106,10 +107,24 @@ def test_python_versions_agree():
     assert Version(CONDA["python"]) >= Version(PROJECT["requires-python"].removeprefix(">="))
 
 
+def test_a_build_has_the_version_that_the_package_says(tmp_path):
+    """Of a version that no installation can have, so that what is built is read."""
+    pytest.importorskip("setuptools", minversion="77")
+    (tmp_path / "packlib").mkdir()
+    (tmp_path / "packlib" / "__init__.py").write_text('__version__ = "9.8.7"\n', encoding="utf-8")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (tmp_path / name).write_text(read(name), encoding="utf-8")
+    build = "import setuptools.build_meta as build; build.prepare_metadata_for_build_wheel('made')"
+    (tmp_path / "made").mkdir()
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    (metadata,) = (tmp_path / "made").glob("*.dist-info/METADATA")
+    assert "\nVersion: 9.8.7\n" in metadata.read_text(encoding="utf-8") and Version(packlib.__version__)
+
+
 def test_citation():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
-    assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert (citation["version"], citation["license"]) == (packlib.__version__, PROJECT["license"])
     assert (
         "2407.09105" in citation["preferred-citation"]["journal"]
         and len(citation["preferred-citation"]["authors"]) == 5
