@@ -6,6 +6,7 @@ written again anywhere.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ SHARED, FULL = (
     "Full rows: a row of so many tokens holds more examples, so that steps are fewer and larger",
 )
 ON_TERMINAL = 15  # arms
+WIDTH = 100  # columns of a sentence on the terminal
 
 
 def write_report(folder: Path) -> Path:
@@ -71,12 +73,14 @@ def cautions(found: Iterable[str]) -> list[str]:
 
 
 def headline(folder: Path) -> str:
-    """What the terminal shows of a run: the first arms of the report's table; empty where none was timed."""
-    arms = _arms(records.load_records(folder))
+    """A run on the terminal: doubts, then the first arms of the report's table; empty where none was timed."""
+    frame = records.load_records(folder)
+    arms = _arms(frame)
     if not len(arms):
         return ""
+    off = [textwrap.fill(f"🔴 {doubt}", WIDTH) for doubt in doubts(frame)]
     more = f"\n… {len(arms) - ON_TERMINAL} more arms in the report" if len(arms) > ON_TERMINAL else ""
-    return tables.markdown(_shown(arms.head(ON_TERMINAL))) + more
+    return "\n\n".join([*off, tables.markdown(_shown(arms.head(ON_TERMINAL))) + more])
 
 
 def _arms(frame: pd.DataFrame) -> pd.DataFrame:

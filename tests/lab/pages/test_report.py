@@ -114,6 +114,20 @@ def test_a_batch_of_one_must_run_as_fast_packed(tmp_path, ratio, off):
     assert not off or (f"{ratio:.3f} times" in text and text.index("CAUTION") < text.index("**Summary.**"))
 
 
+@pytest.mark.parametrize(("control", "repeat", "off"), [(1, 1, 0), (1.138, 1, 1), (1, 1.2, 1), (1.138, 1.2, 2)])
+def test_the_terminal_says_what_is_off_above_its_ratios(tmp_path, control, repeat, off):
+    """The report's own sentences, whole, in lines that a terminal holds; and of a run in order not a word."""
+    folder = records.run_folder(tmp_path)
+    arms = [row(rate=100, batch_size=1), row("minibatch_packing", 100 * control, batch_size=1)]
+    repeats = [row() | {"repeat": i, "metrics.step_seconds.p50": s} for i, s in enumerate([0.1, 0.1 * repeat])]
+    written(folder, *arms, *repeats, row("minibatch_packing", 190, 1.0))
+    *said, table = report.headline(folder).split("\n\n")
+    assert table.startswith("| model |") and f"| {control:.2f} |" in table
+    found = doubts.doubts(records.load_records(folder))
+    assert [" ".join(one.split()) for one in said] == [f"🔴 {one}" for one in found]
+    assert len(said) == off and all(len(line) <= report.WIDTH for one in said for line in one.splitlines())
+
+
 def test_what_a_notebook_doubts_stands_above_its_findings(tmp_path):
     folder = records.run_folder(tmp_path)
     for i, off in enumerate([["other: off"], []]):
