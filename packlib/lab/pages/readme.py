@@ -36,21 +36,29 @@ RATIO = {"multitask": "{:.2f}", "math": "about {:.1f}"}  # "about" is what the b
 
 
 def _speed(frame: pd.DataFrame) -> pd.DataFrame:
-    """The timed runs of whole models at the paper's setting that had the device to themselves.
+    """The timed runs of whole models at the paper's setting on a plain trainer, that had the device to themselves.
 
-    `model` is written with its rig, where it was measured on several.
+    `model` is written with its rig, where that is not the one that most of its runs were on.
     """
     at_setting = (frame[list(SETTING)] == pd.Series(SETTING)).all(axis=1)
-    timed = tables.alone(frame[at_setting & frame["eval_every"].isna() & frame["layers"].isna()])
-    return timed.assign(model=tables.named_models(timed["model"], tables.rigs(timed)))
+    timed = tables.alone(_plain(frame[at_setting & frame["eval_every"].isna() & frame["layers"].isna()]))
+    rigs = tables.rigs(timed)
+    usual = rigs.groupby(timed["model"]).transform(lambda of_model: of_model.mode().iloc[0])
+    named = pd.Series(tables.named_models(timed["model"], rigs), index=timed.index)
+    return timed.assign(model=named.where(rigs != usual, timed["model"]))
+
+
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """The runs on one device whose layers are launched kernel by kernel."""
+    return frame[frame["rig.compile"].fillna("none").eq("none") & frame["world_size"].fillna(1).eq(1)]
 
 
 def _against(frame: pd.DataFrame) -> pd.DataFrame:
-    """`tables.against` corpus by corpus.
+    """`throughput.both_baselines` corpus by corpus.
 
     `data` is the corpus in one word, `speed_up_paper` the paper's ratio.
     """
-    table = tables.against(_speed(frame))
+    table = throughput.both_baselines(_speed(frame))
     table["data"] = table["corpus"].map(_data)
     known = comparison.paper_values()[["data", "model", "strategy", "speed_up"]].assign(kernel="auto")
     known["data"] = known["data"].replace({theirs: ours for ours, theirs in STANDS_FOR.items()})
@@ -70,15 +78,24 @@ def _markdown(table: pd.DataFrame) -> str:
         "" if pd.isna(ratio) else RATIO[data].format(ratio)
         for data, ratio in zip(table["data"], table["speed_up_paper"])
     ]
-    shown.insert(list(shown).index("× padding") + 1, "the paper's", theirs)
+    place = list(shown).index("× padding") + 1
+    shown.insert(place, "the paper's", theirs)
+    if table["over_sdpa"].notna().any():
+        shown.insert(place, "× padding, SDPA", tables.formatted(table["over_sdpa"], "{:.2f}"))
     alike = [name for name in ("model", "corpus") if shown[name].nunique() == 1]
     return tables.markdown(shown.drop(columns=alike))
 
 
 def _headline(frame: pd.DataFrame) -> pd.DataFrame:
     table = _against(frame)
-    chosen = (table["model"] == MODEL) & (table["kernel"] == "auto") & table["strategy"].isin(HEADLINE)
+    kernels = table["kernel"].isin(["auto", "maskless_sdpa"])
+    chosen = (table["model"] == MODEL) & kernels & table["strategy"].isin(HEADLINE)
     return table[chosen].reset_index(drop=True)
+
+
+def _varlen(arms: pd.DataFrame) -> pd.DataFrame:
+    """Of `_headline` the arms that attend in packlib's way."""
+    return arms[arms["kernel"] == "auto"]
 
 
 def _devices(frame: pd.DataFrame) -> str:
@@ -87,11 +104,15 @@ def _devices(frame: pd.DataFrame) -> str:
 
 
 def worth(frame: pd.DataFrame, run: str) -> str:
-    """What packing is worth in CUDA graphs, and how much of what the device's rates allow, in bold; of one device."""
+    """What packing is worth in CUDA graphs, and how much of what the device's rates allow, in bold; of one device.
+
+    Below what takes it back: repeats of these runs, and a control on their rigs.
+    """
     rate, allowed = "metrics.tokens_per_s.mean", "metrics.limit.tokens_per_s"
     ok = tables.alone(frame[(frame["status"] == "ok") & (frame["model"] == MODEL) & (frame["world_size"] == 1)])
     ok = ok[ok["rig.lora_rank"].isna()].assign(data=ok["corpus"].map(_data))
-    in_graphs = ok["rig.graphs"].eq(True) & ok["rig.lean"].eq(True) & ok["batch_size"].eq(SETTING["batch_size"])
+    graphs = ok["rig.graphs"].eq(True) & ok["rig.lean"].eq(True)
+    in_graphs = graphs & ok["batch_size"].eq(SETTING["batch_size"])
     of = ok[in_graphs].groupby(["strategy", "data"])[[rate, allowed]].median()
     if not {"minibatch_packing", "padding"} <= set(of.index.get_level_values("strategy")):
         return ""
@@ -107,7 +128,7 @@ def worth(frame: pd.DataFrame, run: str) -> str:
         rates = f"{best:,.0f} real tokens/s there, and {theirs.median():,.0f} as TRL packs and trains them"
         full = f"; full rows reach {rates}"
     shown = ok.loc[[*ok.index[in_graphs], *rows.index]]
-    return _cautions(shown) + (
+    return _cautions(ok.loc[[*ok.index[graphs], *rows.index]]) + (
         f"**{NAME} on {_devices(shown)}, batches of {SETTING['batch_size']}, on a rig that its host does not hold up: "
         f"against padding, flattening the same mini-batches trains {gained}, {shares} of what the device's measured "
         f"rates allow{full}.**"
@@ -116,13 +137,15 @@ def worth(frame: pd.DataFrame, run: str) -> str:
 
 def claim(frame: pd.DataFrame, run: str) -> str:
     """The finding in bold, below what takes it back."""
-    arms = _headline(frame).set_index(["data", "strategy"]).loc["multitask"]
+    arms = _varlen(_headline(frame)).set_index(["data", "strategy"]).loc["multitask"]
     packed, full = arms.loc["minibatch_packing"], arms.loc["multipack_posid"]
     saved = f"{100 * (1 - packed['memory_ratio']):.0f} % less peak memory"
-    return _cautions(frame) + (
+    over = packed["over_sdpa"]
+    sdpa = f" ({over:.2f} × padding through SDPA)" if pd.notna(over) else ""
+    return _cautions(_plain(frame)) + (
         f"**{NAME} on {_devices(_speed(frame))}, a multi-task corpus, batches of {SETTING['batch_size']}: padding "
         f"computes {packed['waste_ratio']:.2f} slots for every real token. Flattening the same batches trains "
-        f"{packed['speed_up']:.2f} × as fast with {saved}; packing whole examples into full rows trains "
+        f"{packed['speed_up']:.2f} × as fast{sdpa} with {saved}; packing whole examples into full rows trains "
         f"{full['speed_up']:.2f} × as fast, in fewer and larger steps.**"
     )
 
@@ -134,13 +157,13 @@ def _cautions(frame: pd.DataFrame) -> str:
 
 def _mark(frame: pd.DataFrame) -> str:
     """What is off in a run, for a title; else nothing."""
-    off = doubts.in_short(doubts.doubts(frame))
+    off = doubts.in_short(doubts.doubts(_plain(frame)))
     return f" ({off})" if off else ""
 
 
 def _reminder(frame: pd.DataFrame) -> str:
     """What is off, in a line, above further tables of the run that the page begins with; else nothing."""
-    off = doubts.in_short(doubts.doubts(frame)).capitalize()
+    off = doubts.in_short(doubts.doubts(_plain(frame))).capitalize()
     return f"🔴 *{off} (see above): read large differences, not small ones.*\n\n" if off else ""
 
 
@@ -152,15 +175,22 @@ def headline(frame: pd.DataFrame, run: str) -> str:
     versions = ", ".join(f"{name} {one[f'environment.{name.lower()}']}" for name in ("torch", "transformers", "TRL"))
     recompute = ", gradient checkpointing" if one["rig.recompute"] == "all" else ""
     examples = f"{SETTING['batch_size']} examples × {SETTING['gradient_accumulation']} accumulated"
-    steps = f"{one['metrics.measured_steps']:.0f} steps an arm after {one['warmup_steps']:.0f} of warm-up"
+    steps = f"{_range(used['metrics.measured_steps'])} steps a run after {_range(used['warmup_steps'])} of warm-up"
+    kernels = ", ".join(sorted({kernel for kernel in used["metrics.kernel"] if kernel in KERNELS}))
     where = (
-        f"{_devices(used)}, {versions}; random weights, {one['dtype']}{recompute}; "
+        f"{_devices(used)}, {versions}, attention by {kernels}; random weights, {one['dtype']}{recompute}; "
         f"{examples}, {SETTING['max_tokens']:,} tokens at most; {steps}"
     )
     gap = _largest_gap(used, records.read_records(records.run_folder(run, create=False)))
     parity = f"Arms that get the same mini-batches agree in training loss to {gap:.3f} nats at every step."
     table = _headline(frame).assign(fill=np.nan)
     return f"{_reminder(frame)}{_markdown(table)}\n\n{where}. {parity}"
+
+
+def _range(values: pd.Series) -> str:
+    """Smallest and largest of whole numbers, one where they are the same."""
+    low, high = values.min(), values.max()
+    return f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
 
 
 def _largest_gap(used: pd.DataFrame, found: Iterable[Mapping[str, Any]]) -> float:
@@ -212,7 +242,7 @@ def figure(frame: pd.DataFrame, run: str) -> str:
     """The figure of the headline, its numbers as alt text."""
     bars = [
         f"{row.data}, {figures.label(row.strategy)} {row.speed_up:.2f} (limit {row.limit:.2f})"
-        for row in _headline(frame).dropna(subset="speed_up").itertuples()
+        for row in _varlen(_headline(frame)).dropna(subset="speed_up").itertuples()
     ]
     alt = f"Real tokens/s relative to padding{_mark(frame)}, {NAME} on {_devices(_speed(frame))}. {'; '.join(bars)}."
     return f"![{alt}](papermill_runs/{run}/figures/readme.png)"
@@ -254,7 +284,8 @@ def learned(frame: pd.DataFrame, run: str) -> str:
 
 def ranks(frame: pd.DataFrame, run: str) -> str:
     """What several GPUs did, against both ways of padding, on the paper's rig and on others."""
-    table = throughput.both_baselines(frame[frame["model"] == MODEL])
+    used = frame[(frame["world_size"] > 1) & (frame["status"] == "ok") & (frame["model"] == MODEL)]
+    table = throughput.both_baselines(used)
     rigs = tables.named_models([""] * len(table), table["rig"])
     columns = {
         "corpus": table["corpus"].map(_data),
@@ -265,7 +296,6 @@ def ranks(frame: pd.DataFrame, run: str) -> str:
         "× padding, varlen": tables.formatted(table["speed_up"], "{:.2f}"),
         "peak memory of a GPU (GB)": tables.formatted(table["peak_memory_bytes"] / 1e9, "{:.1f}"),
     }
-    used = frame[(frame["world_size"] > 1) & (frame["status"] == "ok") & (frame["model"] == MODEL)]
     kernels = ", ".join(sorted({kernel for kernel in used["metrics.kernel"] if kernel in KERNELS}))
     launch = 1e6 * used["metrics.launch_seconds"]
     said = (
@@ -284,7 +314,7 @@ BLOCKS = {
 def _draw(frame: pd.DataFrame, path: Path, text: str) -> None:
     """Draw the headline's figure, with `text` as its description."""
     figures.theme()
-    table = _headline(frame).dropna(subset="speed_up")
+    table = _varlen(_headline(frame)).dropna(subset="speed_up")
     first = table.drop_duplicates("strategy").set_index("strategy")["speed_up"]
     said = f"{first['minibatch_packing']:.2f} × as fast flattened, {first['multipack_posid']:.2f} × in full rows"
     said += _mark(frame)

@@ -111,21 +111,21 @@ def main_arms(table: pd.DataFrame, model: str) -> pd.DataFrame:
 
 
 def both_baselines(frame: pd.DataFrame) -> pd.DataFrame:
-    """`tables.against` of the runs with several ranks, and `over_sdpa`: speed over padding through SDPA.
+    """`tables.against` of the runs that had the device to themselves, and `over_sdpa`: speed over padding through SDPA.
 
-    The same model, rig, size of batches and corpus for both; NaN where that padding was not measured. Rates are of one
-    rank.
+    The same model, rig, size of batches and corpus for both; NaN where that padding was not measured, and `speed_up`
+    where no padding was that is unpadded inside attention. Rates are of one rank.
     """
-    ranks = tables.against(tables.alone(frame[(frame["world_size"] > 1) & (frame["status"] == "ok")]))
-    if not len(ranks):
-        return ranks.assign(over_sdpa=[])
+    found = tables.against(tables.alone(frame))
+    if not len(found):
+        return found.assign(over_sdpa=[])
     place = ["model", "rig", "corpus"]
-    padded = ranks[ranks["strategy"] == PAIR[0]]
+    padded = found[found["strategy"] == PAIR[0]]
     sdpa = padded[padded["kernel"] == "maskless_sdpa"].set_index(place)["tokens_per_s"]
     varlen = set(padded.loc[padded["kernel"] == "auto", place].itertuples(index=False, name=None))
-    places = list(ranks[place].itertuples(index=False, name=None))
-    over_sdpa = ranks["tokens_per_s"] / [sdpa.get(key, math.nan) for key in places]
-    return ranks.assign(over_sdpa=over_sdpa, speed_up=ranks["speed_up"].where([key in varlen for key in places]))
+    places = list(found[place].itertuples(index=False, name=None))
+    over_sdpa = found["tokens_per_s"] / [sdpa.get(key, math.nan) for key in places]
+    return found.assign(over_sdpa=over_sdpa, speed_up=found["speed_up"].where([key in varlen for key in places]))
 
 
 def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
