@@ -103,7 +103,7 @@ def layout_losses(model: PreTrainedModel, layouts: Mapping[str, Sequence[Batch]]
     for name, batches in layouts.items():
         counts = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches]
         with torch.no_grad():
-            means = [model(**batch | {"use_cache": False}).loss.item() for batch in batches]
+            means = [model(**{**batch, "use_cache": False}).loss.item() for batch in batches]
         difference = float((token_logits(model, *batches) - reference).abs().max())
         rows[name] = {"loss": np.average(means, weights=counts), "difference": difference}
     return pd.DataFrame(rows).T
