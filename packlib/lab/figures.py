@@ -27,6 +27,9 @@ from PIL.PngImagePlugin import PngInfo
 from packlib.lab.strategies import STRATEGIES
 
 DPI = 110
+PAGE = 8.8  # inches that a notebook's page shows without making the print smaller
+LETTER = 0.075  # inches of 10 pt, in the mean
+LABEL = 50  # letters in a line of a label
 COLORS: list[tuple[float, float, float]] = list(sns.color_palette("colorblind", 10))  # what a `Look` counts in
 MARKERS = "oDs^vP"  # of lines that are no strategies
 LIMIT: dict[str, Any] = {"color": "black", "linewidth": 1.6, "linestyle": (0, (4, 2))}  # what cannot be passed
@@ -109,7 +112,7 @@ def new(
 
 def head(figure: Picture, title: str) -> Picture:
     """Put the title over the whole figure, from its left edge, wrapped to its width: long ones have room there."""
-    width = int(figure.get_figwidth() * 9)
+    width = int(figure.get_figwidth() * 8.5)
     lines = [line for part in title.split("\n") for line in textwrap.wrap(part, width)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontweight="bold", fontsize=13)
     return figure
@@ -230,22 +233,64 @@ def forest(table: pd.DataFrame, title: str, xlabel: str, *, panels: str = "") ->
 
 
 def beside_paper(
-    table: pd.DataFrame, value: str, title: str, xlabel: str, *, decimals: int = 3, limit: str = "", meaning: str = ""
+    table: pd.DataFrame,
+    value: str,
+    title: str,
+    xlabel: str,
+    *,
+    panels: str = "",
+    decimals: int = 3,
+    limit: str = "",
+    meaning: str = "",
 ) -> Picture:
     """Ours beside the paper's, a pair of bars a label; where a side does not know the value, that is written out.
 
-    table: `label, strategy, source ("paper" | "ours")` and the column `value`. decimals: of the numbers, all alike.
-    limit: a column that is dashed on our bars, NaN for no line; `meaning` is what the legend calls it.
+    table: `label, strategy, source ("paper" | "ours")` and the column `value`. panels: a column; rows of one value of
+    it are a panel, up to three stand side by side, and a label has one line in all. decimals: of the numbers, all
+    alike. limit: a column that is dashed on our bars, NaN for no line; `meaning` is what the legend calls it.
     """
     names = list(dict.fromkeys(table["label"]))
-    figure, (ax,) = new(10, 0.62 * len(names) + 2.1, title)
+    groups = list(table.groupby(panels, sort=False)) if panels else [("", table)]
+    columns = min(len(groups), 3)
+    stacked = -(-len(groups) // columns)
+    lines = [textwrap.wrap(name, LABEL) for name in names]
+    row = max(0.46, 0.18 * max(map(len, lines)))  # inches
+    figure, axes = new(PAGE, stacked * (row * len(names) + 0.7) + 1.4, title, columns, stacked, sharey=True)
+    wide = (PAGE - LETTER * max(len(line) for label in lines for line in label)) / columns  # inches of a panel, about
     known = table[[value, *([limit] if limit else [])]].to_numpy(float)
     low, high = np.nanmin([0, *known.flat]), np.nanmax([0, *known.flat])
-    margin = 0.14 * ((high - low) or 1)
+    number = min(0.2 + 0.09 * max(len(f"{end:.{decimals}f}") for end in (low, high)), wide / 3)  # inches
+    margin = number / (wide - number * (1 + bool(low))) * ((high - low) or 1)
+    for ax, (panel, rows) in zip(axes, groups):
+        _pairs(ax, rows, names, value, decimals, limit, margin)
+        ax.set_title(textwrap.fill(str(panel), int(wide * 10)), fontsize=11)
+        ax.set(xlabel=textwrap.fill(xlabel, int(wide * 11)))
+        ax.set(xlim=(low - margin if low else 0, high + margin), ylim=(len(names) - 0.4, -0.6))
+        ax.xaxis.set_major_locator(MaxNLocator(int(2 * wide), steps=[1, 2, 5, 10]))
+        ax.set_yticks(range(len(names)), ["\n".join(label) for label in lines])
+        ax.grid(axis="y", visible=False)
+    for ax in axes[len(groups) :]:
+        ax.remove()
+    if limit:
+        axes[0].plot([], [], label=meaning, **LIMIT)
+    axes[0].barh([np.nan], [0], color="0.72", label="paper, grey")  # for the legend alone
+    ours = "measured here, in the strategy's colour"
+    axes[0].barh([np.nan], [0], color="white", hatch="//", edgecolor="0.3", label=ours)
+    figure.legend(loc="outside lower center", ncols=3)
+    return head(figure, title)
+
+
+def _pairs(
+    ax: Axes, rows: pd.DataFrame, names: list[str], value: str, decimals: int, limit: str, margin: float
+) -> None:
+    """The bars of a panel of `beside_paper`. margin: what a number takes beside a bar, on the axis."""
+    for y, name in enumerate(names):
+        if name not in set(rows["label"]):
+            _beside(ax, 0, y, "not known", color="0.45")
     for shift, source in ((-0.2, "paper"), (0.2, "ours")):
-        rows = table[table["source"] == source].drop_duplicates("label").set_index("label").reindex(names)
-        for y, (_, row) in enumerate(rows.iterrows()):
-            end = row[value]
+        own = rows[rows["source"] == source].drop_duplicates("label").set_index("label")
+        for name, row in own.reindex(list(dict.fromkeys(rows["label"]))).iterrows():
+            y, end = names.index(name), row[value]
             if pd.isna(end):
                 _beside(ax, 0, y + shift, f"{source}: not known", color="0.45")
                 continue
@@ -256,15 +301,6 @@ def beside_paper(
                 if 0 <= end < row[limit] < end + margin:  # the number stands beyond the limit, not on it
                     end = row[limit]
             _beside(ax, end, y + shift, f"{round(row[value], decimals) + 0.0:.{decimals}f}")  # + 0.0: no "-0.00"
-    if limit:
-        ax.plot([], [], label=meaning, **LIMIT)
-    ax.barh([np.nan], [0], color="0.72", label="paper, grey")  # for the legend alone
-    ax.barh([np.nan], [0], color="white", hatch="//", edgecolor="0.3", label="measured here, in the strategy's colour")
-    ax.set(xlabel=xlabel, xlim=(low - margin if low else 0, high + margin), ylim=(len(names) - 0.4, -0.6))
-    ax.set_yticks(range(len(names)), names)
-    ax.grid(axis="y", visible=False)
-    figure.legend(loc="outside lower center", ncols=3)
-    return head(figure, title)
 
 
 def _beside(ax: Axes, x: float, y: float, text: str, **look: Any) -> None:

@@ -127,6 +127,32 @@ def test_numbers_beside_bars_are_alike_and_stand_outside_them():
     assert not legend.get_window_extent().overlaps(ax.get_window_extent())
 
 
+@pytest.mark.parametrize("corpora", [1, 2, 3, 4])
+def test_panels_beside_the_paper_share_labels_on_a_page(corpora):
+    """However many labels: a long one does not shrink the print, and none of a panel's is taken for zero."""
+    names = ["h200, mistral-7b (Liger's layers)", "b"]
+    rows = [
+        (name, "minibatch_packing", source, f"a_long_name_{i} for FLAN", 4.06 - i, 4.1)
+        for i in range(corpora)
+        for name in names[: 2 - (i == 1)]
+        for source in ("paper", "ours")
+    ]
+    table = pd.DataFrame(rows, columns=["label", "strategy", "source", "corpus", "value", "most"])
+    options = {"panels": "corpus", "decimals": 2, "limit": "most", "meaning": "the most"}
+    figure = figures.beside_paper(table, "value", "beside", "real tokens/s, relative to padding", **options)
+    drawn(figure)
+    inside(figure)
+    assert figure.get_figwidth() == figures.PAGE and len(figure.axes) == corpora
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
+    for i, ax in enumerate(figure.axes):
+        assert " ".join(ax.get_title(loc="left").split()) == f"a_long_name_{i} for FLAN"
+        assert ("not known" in [text.get_text() for text in ax.texts]) == (i == 1)
+    (legend,) = figure.legends
+    boxes = [legend.get_window_extent(), *(ax.get_tightbbox() for ax in figure.axes)]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
 @pytest.mark.parametrize("width", [None, 7.0])
 def test_no_number_lies_on_its_limit_or_on_the_frame(width):
     rows = [("pydocs", "padding", 1.0, 1.0), ("pydocs", "minibatch_packing", 1.41, 1.55), ("math", "padding", 0.9, 1.0)]
