@@ -391,7 +391,7 @@ def _span(values: pd.Series) -> str:
 
 def table_4_figure(rows: pd.DataFrame, setting: str) -> Picture:
     """The loss of each arm of Table 4 minus padding's in one setting, ours and the paper's."""
-    title = f"{setting}: each arm minus padding, paper and here"
+    title = f"{setting}:\neach arm minus padding, paper and here"
     figure = figures.beside_paper(rows, "difference", title, "validation loss above padding's (nats)")
     figure.alt = f"Validation loss above padding of the arms of Table 4: the paper, and {setting}"
     return figure
