@@ -237,7 +237,8 @@ class Plan:
     def apply(self, dataset: Dataset, folder: str | os.PathLike | None = None) -> Dataset:
         """The packed rows as a `datasets.Dataset` for `FlatteningCollator`, or TRL with `padding_free=True`. O(tokens).
 
-        Other collators drop the boundaries: examples of a row then see each other, without a word.
+        Other collators drop the boundaries, TRL's own without `padding_free` too: examples of a row then see each
+        other, without a word. What SFTTrainer would cut at its `max_length`, 1,024 by default, is an error.
 
         With `folder`, a new one, rows are written there in shards while they are made, and read from there: memory
         holds one shard. `datasets.load_from_disk` opens the folder again.

@@ -93,7 +93,8 @@ class PackedDataset(Dataset):
     """A data set of packed rows that keeps its boundaries: `seq_lengths` stays, whatever columns are chosen or removed.
 
     Trainer removes every column that the model's forward does not name, and `with_format("torch", columns=…)` hides all
-    that is not listed; rows without boundaries would train contaminated, without a word.
+    that is not listed; rows without boundaries would train contaminated, without a word. What `map` makes of rows is
+    refused where it has other tokens than `seq_lengths` say.
     """
 
     def set_format(self, type: str | None = None, columns: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
@@ -111,7 +112,7 @@ class PackedDataset(Dataset):
         names = [remove_columns] if isinstance(remove_columns, str) else remove_columns or []
         if options.get("features") is None:  # else somebody says what comes out (filter, flatten_indices)
             names = [name for name in names if name != LENGTHS]
-        return _packed(super().map(*args, remove_columns=names, **options))
+        return _check_cut(_packed(super().map(*args, remove_columns=names, **options)))
 
     def select(self, *args: Any, **options: Any) -> Dataset:  # what shuffle, sort and train_test_split go through
         return _packed(super().select(*args, **options))
@@ -120,6 +121,21 @@ class PackedDataset(Dataset):
 def _packed(dataset: Dataset) -> Dataset:
     if LENGTHS in dataset.column_names:
         dataset.__class__ = PackedDataset
+    return dataset
+
+
+def _check_cut(dataset: Dataset) -> Dataset:
+    """The same data set. `ValueError` where a function changed a row's tokens and not where its examples end."""
+    table = dataset.data.table
+    if {"input_ids", LENGTHS} <= set(table.column_names):
+        tokens, segments = (pc.list_value_length(table[name]).to_numpy() for name in ("input_ids", LENGTHS))
+        ends, splits = np.cumsum(pc.list_flatten(table[LENGTHS]).to_numpy()), np.cumsum(segments)
+        told = np.diff(np.concatenate([[0], ends])[splits], prepend=0)
+        if len(row := np.flatnonzero(told != tokens)):
+            raise ValueError(
+                f"row {row[0]} has {tokens[row[0]]} tokens and seq_lengths of {told[row[0]]}: packed, then mapped "
+                "(SFTTrainer cuts rows at max_length; pass max_length=None and padding_free=True)"
+            )
     return dataset
 
 

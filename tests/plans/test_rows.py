@@ -1,5 +1,7 @@
 """`Plan.apply`: every token, label and column of a data set ends where the plan says, and plain TRL trains on it."""
 
+from functools import partial
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from packlib.collators import FlatteningCollator
 from packlib.plans import best_fit_decreasing, fixed_length, rows
@@ -132,6 +135,62 @@ def test_packed_rows_go_through_our_collator():
     assert batch["labels"][0].tolist() == row["labels"]
 
 
+def tiny_llama():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_trls_own_collator_keeps_boundaries_if_it_is_padding_free_and_drops_them_else(padding_free):
+    """Which is why `Plan.apply` names it: nothing in a row can tell which of the two will read it."""
+    tokens = [[token % 50 for token in ids] for ids in examples(LENGTHS)["input_ids"]]
+    packed = best_fit_decreasing(LENGTHS, 97, overflow="error").apply(Dataset.from_dict({"input_ids": tokens}))
+    row = next(row for row in packed if len(row["seq_lengths"]) > 1)
+    first, batch = row["seq_lengths"][0], DataCollatorForLanguageModeling(0, padding_free=padding_free)([row])
+    edited = batch | {"input_ids": batch["input_ids"].clone()}
+    edited["input_ids"][0, :first] = (edited["input_ids"][0, :first] + 1) % 50
+    with torch.no_grad():
+        before, after = (tiny_llama()(**b, use_cache=False).logits[0, first:] for b in (batch, edited))
+    assert torch.equal(before, after) == padding_free, "whether the second example sees the first"
+    if padding_free:
+        ours = FlatteningCollator()([row])
+        assert all(ours[name].tolist() == batch[name].tolist() for name in ("labels", "position_ids", "cu_seq_lens_q"))
+    else:
+        assert batch.keys() == {"input_ids", "labels", "attention_mask"}
+
+
+@pytest.mark.parametrize(("max_length", "cut"), [(39, True), (40, False), (None, False)])
+def test_rows_that_a_trainer_would_cut_are_refused(tmp_path, max_length, cut):
+    """SFTTrainer cuts tokens and labels, and leaves `seq_lengths` as they were."""
+    packed = best_fit_decreasing([20, 20, 7], 40, overflow="error").apply(examples([20, 20, 7]))
+    config = SFTConfig(str(tmp_path), max_length=max_length, use_cpu=True, bf16=False, report_to="none")
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")), eos_token="a")
+    make = partial(SFTTrainer, tiny_llama(), config, train_dataset=packed, processing_class=words)
+    if cut:
+        with pytest.raises(ValueError, match=r"^row 0 has 39 tokens and seq_lengths of 40: .*padding_free=True"):
+            make()
+    else:
+        assert make().train_dataset["seq_lengths"][:] == [[20, 20], [7]]
+
+
+def test_a_function_that_changes_tokens_changes_their_boundaries():
+    packed = best_fit_decreasing([3, 2, 4], 5, overflow="error").apply(examples([3, 2, 4])).shuffle(seed=0)
+
+    def first_example(row):
+        n = row["seq_lengths"][0]
+        return {name: row[name][:n] for name in ("input_ids", "labels", "position_ids")} | {"seq_lengths": [n]}
+
+    def cut(row):
+        return {"input_ids": row["input_ids"][: 5 if len(row["seq_lengths"]) > 1 else 3]}
+
+    assert sorted(map(len, packed.map(first_example)["input_ids"])) == [3, 4]
+    assert sorted(packed.map(lambda row: {"tokens": len(row["input_ids"])})["tokens"]) == [4, 5]
+    assert len(packed.filter(lambda row: len(row["input_ids"]) > 4)) == 1
+    with pytest.raises(ValueError, match=r"^row \d has 3 tokens and seq_lengths of 4: packed, then mapped"):
+        packed.map(cut)
+
+
 def test_a_packed_data_set_trains_in_plain_trl(tmp_path):
     """TRL's own collator and trainer; the first step's loss is the loss of the same examples one at a time."""
     rng = np.random.default_rng(0)
@@ -140,9 +199,7 @@ def test_a_packed_data_set_trains_in_plain_trl(tmp_path):
     dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
     plan = best_fit_decreasing(lengths, 40, overflow="error")
     packed = plan.apply(dataset)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape))
+    model = tiny_llama()
 
     def loss(tokens, labels):
         with torch.no_grad():
