@@ -255,6 +255,9 @@ def _load_flash_attn_4() -> Callable[..., Any]:
 
 @_same_head_dim
 def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
+    """Head dimensions are filled up to multiples of 32, as flash-attn does by itself: 4.0.0b36 fails at 80."""
+    missing, width = -q.shape[-1] % 32, q.shape[-1]
+    q, k, v = (F.pad(x, (0, missing)) if missing else x for x in (q, k, v))
     out, _ = _load_flash_attn_4()(
         *(q, k, v),
         cu_seqlens_q=call.cu_seqlens,
@@ -266,7 +269,7 @@ def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         window_size=tuple(None if side < 0 else side for side in call.sides),
         softcap=call.softcap or 0.0,
     )
-    return out
+    return out[..., :width]
 
 
 def _half_since(capability: tuple[int, int], generation: str) -> Callable[[torch.device, torch.dtype], str]:

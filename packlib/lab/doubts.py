@@ -17,7 +17,7 @@ import pandas as pd
 from packlib.lab import records, tables
 
 CONTROL = 0.03  # a batch of one: packing's speed over padding's, from 1
-REPEATS = 0.03  # median step times of an arm's repeats, largest over smallest, from 1
+REPEATS = 0.03  # rates of an arm's repeats, largest over smallest, from 1
 PAIR = ("padding", "minibatch_packing")
 BATCH = ["batch_size", "gradient_accumulation"]
 
@@ -39,7 +39,7 @@ def doubts(frame: pd.DataFrame) -> list[Doubt]:
         return []
     ok = frame[(frame["status"] == "ok") & frame["strategy"].notna()]
     timed = tables.alone(ok)
-    found = [of_control(*control) for control in _controls(timed)]
+    found = [of_control(*control) for control in controls(timed)]
     return [*(doubt for doubt in found if doubt), *of_repeats(timed)]
 
 
@@ -105,7 +105,7 @@ def of_repeats(frame: pd.DataFrame) -> list[Doubt]:
         return []
     return [
         Doubt(
-            f"Repeats are off: the median step time of an arm differs by {spread:.1%} between its repeats; expected "
+            f"Repeats are off: the rate of an arm differs by {spread:.1%} between its repeats; expected "
             f"{REPEATS:.0%} at most. Smaller differences of this run may be noise, and the run ranks nothing.",
             "repeats off",
         )
@@ -113,16 +113,20 @@ def of_repeats(frame: pd.DataFrame) -> list[Doubt]:
 
 
 def repeat_spread(frame: pd.DataFrame) -> float:
-    """How far apart the median step times of an arm's repeats are, at most, as a share; NaN without repeats."""
-    ok, column = frame[frame["status"] == "ok"], "metrics.step_seconds.p50"
+    """How far apart the rates of an arm's repeats are, at most, as a share; NaN without repeats.
+
+    The rate over all measured steps, which is what tables show: the median of few steps that are unlike each other is
+    the time of whichever lies in the middle.
+    """
+    ok, column = frame[frame["status"] == "ok"], "metrics.tokens_per_s.mean"
     if column not in ok:
         return math.nan
-    seconds = _by_setting(ok, ["strategy", "kernel", "seed"])[column]
-    spread = (seconds.max() / seconds.min() - 1)[seconds.count() > 1].max()
+    rates = _by_setting(ok, ["strategy", "kernel", "seed"])[column]
+    spread = (rates.max() / rates.min() - 1)[rates.count() > 1].max()
     return float(spread) if pd.notna(spread) else math.nan
 
 
-def _controls(timed: pd.DataFrame) -> list[tuple[float, str]]:
+def controls(timed: pd.DataFrame) -> list[tuple[float, str]]:
     """Of every setting with one example a batch: packing's speed over padding's, and where that is.
 
     Padding that is unpadded inside attention, or, where a rig cannot have that (CUDA graphs), through SDPA.

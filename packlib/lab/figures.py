@@ -112,7 +112,7 @@ def new(
 
 def head(figure: Picture, title: str) -> Picture:
     """Put the title over the whole figure, from its left edge, wrapped to its width: long ones have room there."""
-    width = int(figure.get_figwidth() * 9)
+    width = int(figure.get_figwidth() * 8.5)  # letters
     lines = [line for part in title.split("\n") for line in textwrap.wrap(part, width)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontweight="bold", fontsize=13)
     return figure

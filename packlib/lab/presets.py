@@ -34,12 +34,12 @@ def read_preset(name: str) -> dict[str, Any]:
 
 def listing() -> str:
     """The presets: what for, on what, how long, and which notebooks."""
-    told = []
+    told, indent = [], max(map(len, presets())) + 2
     for name in presets():
         preset = read_preset(name)
         numbers = " ".join(notebook[:2] for notebook in preset["notebooks"])
         minutes = f"about {preset['minutes']:g} minutes" if "minutes" in preset else "not timed yet"
         facts = f"{preset['hardware']}; {minutes}; notebooks {numbers}"
-        text = textwrap.wrap(preset["description"].strip(), WIDTH - 10)
-        told.append("\n".join([f"{name:10}{facts}", *(f"{'':10}{line}" for line in text)]))
+        text = textwrap.wrap(preset["description"].strip(), WIDTH - indent)
+        told.append("\n".join([f"{name:{indent}}{facts}", *(f"{'':{indent}}{line}" for line in text)]))
     return "\n\n".join(told)

@@ -177,12 +177,13 @@ def test_a_flash_attn_that_was_built_for_another_pytorch_is_none(monkeypatch):
 
 
 def test_flash_attn_4_is_asked_in_its_own_words(monkeypatch):
-    """What is hidden is None there, and -1 elsewhere; the function returns two things."""
-    qkv, asked = random_qkv((5, 3)), []
+    """What is hidden is None there, and -1 elsewhere; the function returns two things. It fails at dimension 80."""
+    qkv, asked = random_qkv((5, 3), dim=80), []
 
     def function(q, k, v, **options):
-        asked.append(options)
-        return varlen_attention(q, k, v, options["cu_seqlens_q"], options["max_seqlen_q"], kernel="sdpa"), None
+        asked.append(options | {"widths": {x.shape[-1] for x in (q, k, v)}})
+        call = kernels.Call(options["cu_seqlens_q"], 5, options["causal"], window, options["softmax_scale"], 7.0)
+        return KERNELS["reference"].function(q, k, v, call), None
 
     monkeypatch.setattr(kernels, "_load_flash_attn_4", lambda: function)
     monkeypatch.setattr(kernels, "_half_on_hopper", lambda device, dtype: "")
@@ -197,7 +198,10 @@ def test_flash_attn_4_is_asked_in_its_own_words(monkeypatch):
             out = varlen_attention(
                 *qkv, boundaries((5, 3)), 5, causal=causal, window=window, softcap=7.0, kernel="flash_attn_4"
             )
-            assert out.shape == qkv[0].shape and asked[-1]["window_size"] == sides and asked[-1]["causal"] is causal
+            assert asked[-1]["widths"] == {96} and asked[-1]["window_size"] == sides and asked[-1]["causal"] is causal
+            alike = {"causal": causal, "window": window, "softcap": 7.0}
+            plain = varlen_attention(*qkv, boundaries((5, 3)), 5, **alike, kernel="reference")
+            torch.testing.assert_close(out, plain, rtol=0, atol=1e-12)
             assert asked[-1]["softcap"] == 7.0 and asked[-1]["softmax_scale"] == qkv[0].shape[-1] ** -0.5
     finally:
         kernels._resolve.cache_clear()

@@ -20,7 +20,7 @@ def control(ratio: float, **changes) -> list[dict]:
 
 def repeated(seconds: float, **changes) -> list[dict]:
     """An arm of 0.5 s a step, repeated."""
-    return [row(repeat=i, **changes, **{"metrics.step_seconds.p50": s}) for i, s in enumerate([0.5, seconds])]
+    return [row(rate=100 * 0.5 / s, repeat=i, **changes) for i, s in enumerate([0.5, seconds])]
 
 
 def test_sentences_name_the_run_that_they_are_about():

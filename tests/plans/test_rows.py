@@ -151,7 +151,7 @@ def test_trls_own_collator_keeps_boundaries_if_it_is_padding_free_and_drops_them
     edited = batch | {"input_ids": batch["input_ids"].clone()}
     edited["input_ids"][0, :first] = (edited["input_ids"][0, :first] + 1) % 50
     with torch.no_grad():
-        before, after = (tiny_llama()(**b, use_cache=False).logits[0, first:] for b in (batch, edited))
+        before, after = (tiny_llama()(**b | {"use_cache": False}).logits[0, first:] for b in (batch, edited))
     assert torch.equal(before, after) == padding_free, "whether the second example sees the first"
     if padding_free:
         ours = FlatteningCollator()([row])

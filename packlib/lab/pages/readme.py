@@ -50,7 +50,7 @@ def _speed(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     """The runs on one device whose layers are launched kernel by kernel."""
-    return frame[frame["rig.compile"].fillna("none").eq("none") & frame["world_size"].fillna(1).eq(1)]
+    return frame[~tables.rigs(frame).str.contains("compile=|ranks=")]
 
 
 def _against(frame: pd.DataFrame) -> pd.DataFrame:
@@ -120,19 +120,28 @@ def worth(frame: pd.DataFrame, run: str) -> str:
     gain = gain.loc[[data for data in STANDS_FOR if data in gain.index]]
     gained = " and ".join(f"{ratio:.2f} × as fast on {data}" for data, ratio in gain[rate].items())
     shares = " and ".join(f"{share:.0%}" for share in gain[rate] / gain[allowed])
-    rows = ok[(ok["strategy"] == "multipack_posid") & ~ok["rig.float8"].eq(True)].nlargest(1, rate)
+    rows = ok[(ok["strategy"] == "multipack_posid") & ~ok["rig.float8"].eq(True) & ok["rig.compile"].eq("layers")]
+    rows = rows.nlargest(1, rate)
     theirs = ok[(ok["strategy"] == "trl_packing_bfd") & ok["data"].isin(rows["data"])][rate]
     full = ""
     if len(theirs):
         best = rows[rate].iloc[0]
         rates = f"{best:,.0f} real tokens/s there, and {theirs.median():,.0f} as TRL packs and trains them"
         full = f"; full rows reach {rates}"
-    shown = ok.loc[[*ok.index[in_graphs], *rows.index]]
-    return _cautions(ok.loc[[*ok.index[graphs], *rows.index]]) + (
+    shown, asked = (ok.loc[[*ok.index[those], *rows.index]] for those in (in_graphs, graphs))
+    return _cautions(asked) + (
         f"**{NAME} on {_devices(shown)}, batches of {SETTING['batch_size']}, on a rig that its host does not hold up: "
         f"against padding, flattening the same mini-batches trains {gained}, {shares} of what the device's measured "
-        f"rates allow{full}.**"
+        f"rates allow{full}.**{_checked(asked)}"
     )
+
+
+def _checked(frame: pd.DataFrame) -> str:
+    """What repeats and a batch of one say for the times of these runs; nothing where neither was measured."""
+    spread, alike = doubts.repeat_spread(frame), "With one example a batch, where nothing is padded, packing runs at"
+    said = [f"Repeats of an arm are within {spread:.1%} of each other."] if pd.notna(spread) else []
+    said += [f"{alike} {ratio:.3f} times padding's speed ({where})." for ratio, where in doubts.controls(frame)]
+    return f"\n\n{' '.join(said)}" if said else ""
 
 
 def claim(frame: pd.DataFrame, run: str) -> str:

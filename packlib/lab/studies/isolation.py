@@ -290,7 +290,7 @@ def loss_gradients(model: PreTrainedModel, batch: Batch, lengths: Sequence[int])
     """
     embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     inputs = {name: value for name, value in batch.items() if name not in ("input_ids", "labels")}
-    logits = model(inputs_embeds=embedded, use_cache=False, **inputs).logits[0, :-1]
+    logits = model(inputs_embeds=embedded, **inputs | {"use_cache": False}).logits[0, :-1]
     losses = torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:], reduction="none")  # ignores -100
     found = []
     for loss in losses.split([lengths[0] - 1, *lengths[1:]]):  # the label that a token predicts is the next one's

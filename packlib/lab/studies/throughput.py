@@ -129,7 +129,7 @@ def both_baselines(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Speed-up of minibatch_packing over padding and its limit (`tables.limit`), per batch size.
+    """Speed-up of minibatch_packing over padding and its limit (`tables.limit`), per batch size; repeats are pooled.
 
     Columns `batch_size, strategy, speed_up, limit, reached, padding_memory_bytes, packed_memory_bytes`. reached: share
     of what dropping the pads can give that became speed, (speed_up - 1) / (limit - 1); NaN where nothing is wasted.
@@ -137,16 +137,16 @@ def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
     ok = frame[(frame["status"] == "ok") & frame["strategy"].isin(PAIR) & (frame["kernel"] == "auto")]
     rows = []
     for size, group in ok.groupby("batch_size"):
-        arms = {name: arm.iloc[:1] for name, arm in group.groupby("strategy")}
+        arms = dict(list(group.groupby("strategy")))
         if len(arms) < len(PAIR):
             continue
-        limit = tables.limit(arms[PAIR[1]], arms[PAIR[0]])
-        pad, packed = (arms[name].iloc[0] for name in PAIR)
-        speed_up = packed["metrics.tokens_per_s.mean"] / pad["metrics.tokens_per_s.mean"]
+        pad, packed = (arms[name] for name in PAIR)
+        limit = tables.limit(packed, pad)
+        speed_up = packed["metrics.tokens_per_s.mean"].median() / pad["metrics.tokens_per_s.mean"].median()
         row = {"batch_size": size, "strategy": "minibatch_packing", "speed_up": speed_up, "limit": limit}
         row["reached"] = (speed_up - 1) / (limit - 1) if limit > 1 else math.nan
-        row["padding_memory_bytes"] = pad["metrics.peak_memory_bytes"]
-        row["packed_memory_bytes"] = packed["metrics.peak_memory_bytes"]
+        row["padding_memory_bytes"] = pad["metrics.peak_memory_bytes"].max()
+        row["packed_memory_bytes"] = packed["metrics.peak_memory_bytes"].max()
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -167,9 +167,10 @@ def display_sizes(by_size: pd.DataFrame) -> Styler:
 
 
 def like(frame: pd.DataFrame, spec: RunSpec, corpus: str) -> pd.DataFrame:
-    """The runs of `frame` on a corpus that share model, rig and attention with a spec."""
+    """The runs of `frame` on a corpus that share model, rig and attention with a spec, each once."""
     place = (frame["model"] == spec.model) & (frame["corpus"] == corpus) & (frame["kernel"] == spec.kernel)
-    return frame[place & (tables.rigs(frame) == tables.rig_label(asdict(spec.rig), spec.world_size))]
+    found = frame[place & (tables.rigs(frame) == tables.rig_label(asdict(spec.rig), spec.world_size))]
+    return found.drop_duplicates("run_id")
 
 
 def fixed_cost(frame: pd.DataFrame) -> dict[str, float]:
@@ -265,7 +266,7 @@ def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: Mapping[str, floa
         said.append(f"By the line, a step costs {before:.0f} ms before its first slot and {each:.2f} µs per slot.")
     spread = doubts.repeat_spread(frame[frame["kernel"] == "auto"])
     if pd.notna(spread):
-        said.append(f"Repeating an arm moved its median step time by at most {spread:.1%}.")
+        said.append(f"Repeating an arm moved its rate by at most {spread:.1%}.")
     lost = frame[frame["status"] != "ok"]
     return said + [f"{row.strategy} with {row.model}: {row.status}, {row.error}." for row in lost.itertuples()]
 

@@ -86,25 +86,39 @@ def test_unknown_block_and_run(block, message):
 
 @pytest.fixture
 def steady():
-    """h200 without its batches of one: nothing says that its times are off."""
-    frame = records.load_records(ROOT / "papermill_runs" / "h200")
+    """h200_models without its batches of one: nothing says that its times are off."""
+    frame = records.load_records(ROOT / "papermill_runs" / "h200_models")
     return frame[frame["batch_size"] != 1]
 
 
 def test_a_claim_of_a_run_in_doubt_stands_below_what_is_off(steady):
-    frame = records.load_records(ROOT / "papermill_runs" / "h200")
-    assert readme.claim(frame, "h200").startswith("> [!CAUTION]\n> 🔴 **The control is off")
-    assert readme.claim(frame, "h200").split("\n\n")[1] == readme.claim(steady, "h200")
+    run = "h200_models"
+    frame = records.load_records(ROOT / "papermill_runs" / run)
+    assert readme.claim(frame, run).startswith("> [!CAUTION]\n> 🔴 **The control is off")
+    assert readme.claim(frame, run).split("\n\n")[1] == readme.claim(steady, run)
     line = "🔴 *Control off (see above): read large differences, not small ones.*\n\n"
     for block in (readme.headline, readme.arms, readme.models):
-        assert block(frame, "h200") == line + block(steady, "h200")
-    assert "relative to padding (control off), Mistral" in readme.figure(frame, "h200")
-    assert "relative to padding, Mistral" in readme.figure(steady, "h200")
+        assert block(frame, run) == line + block(steady, run)
+    assert "relative to padding (control off), Mistral" in readme.figure(frame, run)
+    assert "relative to padding, Mistral" in readme.figure(steady, run)
     two = records.load_records(ROOT / "papermill_runs" / "h200x2")
     control, repeats, table, *_ = readme.ranks(two, "h200x2").split("\n\n")
     assert "The control is off" in control and "Repeats are off" in repeats and table.startswith("| corpus |")
     quiet = two[(two["batch_size"] != 1) & (two["repeat"] == 0)]
     assert readme.ranks(quiet, "h200x2").startswith("| corpus |")
+
+
+def test_what_packing_is_worth_stands_beside_its_control_and_below_it_where_it_is_off():
+    """In CUDA graphs; the plain trainer of the same folder is in doubt, and says nothing about them."""
+    frame, rate = records.load_records(ROOT / "papermill_runs" / "h200"), "metrics.tokens_per_s.mean"
+    assert readme.claim(frame, "h200").startswith("> [!CAUTION]")
+    said, checked = readme.worth(frame, "h200").split("\n\n")
+    assert said.startswith("**Mistral-7B on 1 × NVIDIA H200") and "full rows" not in said, "they were not compiled"
+    assert checked.startswith("Repeats of an arm are within 0.") and "packing runs at 0.991 times" in checked
+    one = frame["rig.graphs"].eq(True) & (frame["batch_size"] == 1) & (frame["strategy"] == "padding")
+    off = readme.worth(frame.assign(**{rate: frame[rate].where(~one, frame[rate] * 1.1)}), "h200")
+    assert off.startswith("> [!CAUTION]\n> 🔴 **The control is off") and said in off
+    assert readme.worth(records.load_records(ROOT / "papermill_runs" / "h100"), "h100").endswith("trains them.**")
 
 
 def test_the_title_of_a_figure_of_a_run_in_doubt_says_so(steady, tmp_path, monkeypatch):
@@ -115,7 +129,7 @@ def test_the_title_of_a_figure_of_a_run_in_doubt_says_so(steady, tmp_path, monke
         return draw(table, title, **size)
 
     monkeypatch.setattr(figures, "bars_with_limits", kept)
-    for frame in (records.load_records(ROOT / "papermill_runs" / "h200"), steady):
+    for frame in (records.load_records(ROOT / "papermill_runs" / "h200_models"), steady):
         readme._draw(frame, tmp_path / "figures" / "readme.png", "numbers")
     assert titles == [f"{titles[1]} (control off)", titles[1]] and titles[1].endswith(" × in full rows")
 

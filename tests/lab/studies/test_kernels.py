@@ -180,7 +180,9 @@ def test_kernels_beside_each_other_are_those_that_work_here_or_have_a_record(tmp
     assert "flash_attn is not timed: " in caplog.text
     elsewhere = dict(SPEC) | {"arm": "varlen", "mix": "even", "tokens": 128, "kernel": "flash_attn"}
     records.write_record(folder, records.unfinished(records.run_id(elsewhere), elsewhere, "oom", "too large"))
+    caplog.clear()
     assert elsewhere in kernels.of_kernels(folder, SPEC, "even", [128], names), "a published one is redrawn"
+    assert "flash_attn" not in caplog.text, "and nothing says that it is missing"
     if not torch.cuda.is_available():
         assert kernels.of_kernels(folder, dict(SPEC) | {"device": "cuda"}, "even", [128], ["torch_varlen"]) == []
     with pytest.raises(ValueError, match="flsh"):
@@ -197,7 +199,17 @@ def test_the_fastest_kernel_leads(tmp_path):
     last = timed[timed["tokens"] == 256].set_index("kernel")["metrics.useful_flops_per_s"]
     assert table.index[0] == last.idxmax() and table[256].to_dict() == last.to_dict()
     assert "share of the ceiling" in kernels.kernels_shown(timed).to_html()
-    assert kernels.kernels_shown(timed[:0]).data.empty and kernels.kernel_findings(timed[:0]) == []
-    (said,) = kernels.kernel_findings(timed)
+    assert kernels.kernels_shown(timed[:0]).data.empty and kernels.kernel_findings(timed[:0], timed) == []
+    (said,) = kernels.kernel_findings(timed, timed[:0])
     assert said.startswith(f"Of varlen kernels, {last.idxmax()} does most at 256 tokens: {last.max() / last.min():.2f}")
-    assert kernels.kernel_findings(timed[timed["kernel"] == "sdpa"]) == []
+    assert kernels.kernel_findings(timed[timed["kernel"] == "sdpa"], timed) == []
+
+
+@pytest.mark.parametrize(("again", "told"), [(106.0, "; so new and old are not told apart."), (102.0, ".")])
+def test_a_lead_is_held_against_a_kernel_that_was_measured_twice(again, told):
+    rate = "metrics.useful_flops_per_s"
+    timed = pd.DataFrame([{"kernel": name, "tokens": 8, rate: r} for name, r in [("old", 100.0), ("new", 105.0)]])
+    auto = pd.DataFrame([{"arm": arm, "tokens": 8, "metrics.kernel": "old", rate: again} for arm in ("flex", "varlen")])
+    (said,) = kernels.kernel_findings(timed, auto)
+    lead = "Of varlen kernels, new does most at 8 tokens: 1.05 times that of old"
+    assert said == f"{lead}. old, measured twice, differs by {again / 100 - 1:.1%}{told}"

@@ -229,16 +229,15 @@ def test_sentences_follow_from_the_records(climbed, tmp_path):
 RANKS = ("the fastest", "largest gain", "farthest off")
 
 
-@pytest.mark.parametrize("second", [0.1, 0.11])
+@pytest.mark.parametrize("second", [1000.0, 910.0])
 def test_a_climb_whose_own_repeats_are_off_says_so_and_ranks_nothing(tmp_path, second):
     folder, known = records.run_folder(tmp_path / "a run"), ["full rows", "lean optimiser", "float8"]
     arms = ladder.arms(BASE, FULL_ROWS, known)
     for arm, rate in zip(arms, (1000.0, 1200.0, 1500.0)):
-        made_records.write(folder, arm.spec, **made(rate, step_seconds={"mean": 0.1, "p50": 0.1}))
-    again = made(1000.0, step_seconds={"mean": second, "p50": second})
-    made_records.write(folder, replace(arms[0].spec, repeat=1), **again)
+        made_records.write(folder, arm.spec, **made(rate))
+    made_records.write(folder, replace(arms[0].spec, repeat=1), **made(second))
     said = ladder.findings(ladder.climb_table(arms, ladder.measure(arms, folder)), folder)
-    off, text = second > 0.1, "\n".join(said)
+    off, text = second < 1000, "\n".join(said)
     red = [sentence for sentence in said if isinstance(sentence, Doubt)]
     assert [sentence[:24] for sentence in red] == (["a run: Repeats are off: "] if off else [])
     assert "'float8' runs at 1,500 real tokens/s, 1.5 times 'full rows' (1,000)" in text, (

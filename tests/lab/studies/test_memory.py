@@ -12,7 +12,7 @@ CONFIG = models.model_config("mistral-7b")
 
 @pytest.fixture(scope="module")
 def published():
-    return records.read_records(records.run_folder("h200", create=False))
+    return records.read_records(records.run_folder("h200_models", create=False))
 
 
 def test_parts_are_those_of_the_architecture():

@@ -54,9 +54,9 @@ def folder(tmp_path):
     """
     folder = records.run_folder(tmp_path / "somewhere")
     write(folder, GPU, rate=1000, memory=70e9, waste=2.0)
-    write(folder, replace(GPU, strategy="minibatch_packing"), rate=1500, memory=63e9)
+    write(folder, replace(GPU, strategy="minibatch_packing"), rate=1530, memory=63e9)
     write(folder, replace(GPU, strategy="multipack_posid"), rate=2200, memory=77e9)
-    write(folder, replace(GPU, strategy="minibatch_packing", repeat=1), rate=1600, memory=63e9)
+    write(folder, replace(GPU, strategy="minibatch_packing", repeat=1), rate=1570, memory=63e9)
     write(folder, replace(GPU, strategy=FIXED), status="oom")
     write(folder, replace(GPU, batch_size=16), rate=9000, memory=1e9, waste=9.0)
     write(folder, replace(GPU, strategy="minibatch_packing", batch_size=16), rate=9999, memory=1e9)
@@ -228,6 +228,19 @@ def test_findings_are_computed(trained):
     assert "14 of 17 rows" in said and "nan" not in said
 
 
+def test_padding_through_sdpa_is_a_baseline_where_it_ran_in_the_same_setting(folder):
+    def said() -> str:
+        return "\n".join(comparison.findings(beside(folder), comparison.measured(folder), "somewhere"))
+
+    elsewhere = [replace(GPU, batch_size=16), replace(GPU, rig=Rig(lean=True)), replace(GPU, max_tokens=2048)]
+    for spec in elsewhere:
+        write(folder, replace(spec, kernel="maskless_sdpa"), rate=1, waste=2.0)
+    assert "SDPA" not in said()
+    for repeat, rate in enumerate([770, 775, 780]):
+        write(folder, replace(GPU, kernel="maskless_sdpa", repeat=repeat), rate=rate, waste=2.0)
+    assert "1.55 times as fast as padding (2.00 times padding through SDPA), with a limit of 2.00" in said()
+
+
 def test_one_seed_has_no_interval_and_no_verdict(folder):
     base = replace(TINY, batch_size=8, eval_examples=8, limit=320)
     for arm in convergence.arms(base, rows_per_step=2, groups=["padding", STEPS], seeds=[0]):
@@ -337,7 +350,7 @@ def test_published_runs_are_shown_on_a_page():
     pictures += [comparison.blog_throughput(table), comparison.blog_memory(table)]
     four = comparison.table_4(comparison.convergence_arms(comparison.measured(root / "h200")))
     pictures += [comparison.table_4_figure(rows, name) for name, rows in comparison.table_4_settings(four).items()]
-    assert len(table["run"].dropna().unique()) == 3 and len(pictures) == 7
+    assert len(table["run"].dropna().unique()) == 4 and len(pictures) == 8
     for figure in pictures:
         figure.canvas.draw()
         width, height = figure.get_size_inches()

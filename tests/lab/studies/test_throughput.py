@@ -139,7 +139,7 @@ def test_findings_say_what_was_measured():
     frame = pd.DataFrame(
         [
             row(),
-            row(repeat=1, **{"metrics.step_seconds.p50": 0.55}),
+            *(row(rate=rate, repeat=i) for i, rate in enumerate([90, 117], 1)),
             row("minibatch_packing", 190, 1.0, 8e9),
             row("multipack_posid", 350, 1.0),
             row("trl_padding_free", 152, 1.0),
@@ -156,7 +156,7 @@ def test_findings_say_what_was_measured():
     assert "the fastest of our other strategies is Multipack + PosID, 3.50 times padding" in "\n".join(steady)
     assert "MiniBatchPacking + PosID runs at 1.25 times the real tokens/s of TRL padding_free" in said
     assert "At 4 examples a batch, 90% of what dropping the pads can give has become speed" in "\n".join(steady)
-    assert "costs 50 ms before its first slot and 20.00 µs per slot" in said and "by at most 10.0%" in said
+    assert "costs 50 ms before its first slot and 20.00 µs per slot" in said and "by at most 30.0%" in said
     assert said.endswith("fixed_length_packing with tiny-llama: oom, killed by SIGKILL.")
 
 
@@ -179,11 +179,13 @@ def rigged(strategy="padding", rate=100.0, liger=False, **changes):
 
 
 def test_figures_and_line_are_of_the_first_rig():
-    frame = pd.DataFrame([rigged(), rigged("multipack_posid", 200), rigged(rate=500, liger=True), lost("dynapipe")])
+    found = [rigged(), rigged("multipack_posid", 200), rigged(rate=500, liger=True), lost("dynapipe")]
+    frame = pd.DataFrame([{"run_id": f"r{i}"} | one for i, one in enumerate(found)])
     main = throughput.main_arms(tables.against(frame), "tiny-llama")
     assert main["strategy"].tolist() == ["padding", "multipack_posid"] and main["tokens_per_s"].max() == 200
     spec = RunSpec(corpus="pydocs", rig=Rig(recompute="all"))
-    assert throughput.like(frame, spec, "pydocs").index.tolist() == [0, 1]
+    twice = pd.concat([frame, frame.head(1)], ignore_index=True)  # an arm of the table and of the curve
+    assert throughput.like(twice, spec, "pydocs").index.tolist() == [0, 1]
     assert len(throughput.like(frame, spec, "arithmetic")) == 0
 
 
@@ -231,21 +233,22 @@ def test_one_number_of_slots_makes_no_line():
     assert all(map(math.isnan, same.values()))
 
 
-def test_the_published_run_is_of_its_preset(monkeypatch):
+@pytest.mark.parametrize(("run", "rig"), [("h200", "graphs"), ("h200_models", "liger")])
+def test_the_published_run_is_of_its_preset(monkeypatch, run, rig):
     """Every arm that the preset asks for has a record, without the data: notebook 06 redraws it anywhere."""
     monkeypatch.delenv("PACKLIB_DATA", raising=False)
-    asked = reproduce.load_preset("h200")["notebooks"]["06_measure_throughput_and_memory"]
+    asked = reproduce.load_preset(run)["notebooks"]["06_measure_throughput_and_memory"]
     sizes = {name: asked[name] for name in ("batch_size", "max_tokens", "gradient_accumulation", "steps")}
     base = RunSpec(**sizes, **asked["options"])
     places = (asked["models"], asked["corpora"], asked["strategies"], asked["further"])
     specs = throughput.table_2_specs(base, *places)
     specs += throughput.batch_size_specs(base, asked["models"][0], asked["corpora"][-1], asked["batch_sizes"])
-    folder = records.run_folder("h200", create=False)
-    assert len(specs) > 40 and not [spec for spec in specs if experiment.find(spec, folder) is None]
-    assert [spec for spec in specs if spec.rig.liger], "fused layers are among them"
+    folder = records.run_folder(run, create=False)
+    assert len(specs) > 35 and not [spec for spec in specs if experiment.find(spec, folder) is None]
+    assert [spec for spec in specs if getattr(spec.rig, rig)], "other rigs are among them"
 
 
-@pytest.mark.parametrize("name", ["h100", "h100x2", "h100x8", "h200"])
+@pytest.mark.parametrize("name", ["h100", "h100x2", "h100x8", "h200", "h200_models"])
 def test_arms_of_every_preset_are_possible_and_different(name):
     given = reproduce.load_preset(name)["notebooks"].get("06_measure_throughput_and_memory")
     sizes = {key: given[key] for key in ("batch_size", "max_tokens", "gradient_accumulation", "steps") if key in given}
