@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add("--strict", action="store_true", help="fail unless examples are apart")
 
     add = command(_book, "make a static site of notebooks, runs and what is written about them").add_argument
-    runs = ["h200", "h100", "h200x2", "cpu"]
+    runs = ["h200", "h100", "h200x2", "h200_models", "cpu"]
     add("runs", nargs="*", default=runs, help=f"the first with a notebook gives its page (default: {' '.join(runs)})")
     add("--output", type=Path, default=Path("book"), help="folder, which is replaced (default: book)")
 
