@@ -100,12 +100,12 @@ def of_control(ratio: float, where: str) -> Doubt | None:
 
 def of_repeats(frame: pd.DataFrame) -> list[Doubt]:
     """The doubt that repeats of an arm raise, if they do."""
-    spread = repeat_spread(frame)
+    spread, where = _widest(frame)
     if math.isnan(spread) or spread <= REPEATS:
         return []
     return [
         Doubt(
-            f"Repeats are off: the rate of an arm differs by {spread:.1%} between its repeats; expected "
+            f"Repeats are off: the rate of an arm differs by {spread:.1%} between its repeats ({where}); expected "
             f"{REPEATS:.0%} at most. Smaller differences of this run may be noise, and the run ranks nothing.",
             "repeats off",
         )
@@ -118,12 +118,24 @@ def repeat_spread(frame: pd.DataFrame) -> float:
     The rate over all measured steps, which is what tables show: the median of few steps that are unlike each other is
     the time of whichever lies in the middle.
     """
+    return _widest(frame)[0]
+
+
+def _widest(frame: pd.DataFrame) -> tuple[float, str]:
+    """`repeat_spread`, and the arm that it is of."""
     ok, column = frame[frame["status"] == "ok"], "metrics.tokens_per_s.mean"
+    spread, where = math.nan, ""
     if column not in ok:
-        return math.nan
-    rates = _by_setting(ok, ["strategy", "kernel", "seed"])[column]
-    spread = (rates.max() / rates.min() - 1)[rates.count() > 1].max()
-    return float(spread) if pd.notna(spread) else math.nan
+        return spread, where
+    for _, arm in _by_setting(ok, ["strategy", "kernel", "seed", "metrics.measured_steps"]):
+        apart = arm[column].max() / arm[column].min() - 1
+        if len(arm) > 1 and not apart <= spread:
+            one = arm.iloc[0]
+            name = tables.arm_label(one["strategy"], one["kernel"])
+            examples = f"{one['batch_size']:.0f} example{'s' if one['batch_size'] > 1 else ''} a batch"
+            where = f"{name}, {tables.short(one['model'])} on {tables.short(one['corpus'])}, {examples}"
+            spread = float(apart)
+    return spread, where
 
 
 def controls(timed: pd.DataFrame) -> list[tuple[float, str]]:
@@ -148,4 +160,5 @@ def _by_setting(frame: pd.DataFrame, own: list[str]) -> pd.api.typing.DataFrameG
     """Runs by all that their specs share, besides the number of steps, and by the columns `own`."""
     varies = tables.VARIES - {"model", "corpus"} | {"steps"}
     fixed = [name for name in frame if "." not in name and name not in varies]
+    own = [name for name in own if name in frame]
     return frame.assign(rig=tables.rigs(frame)).groupby([*fixed, "rig", *own], sort=False, dropna=False)

@@ -153,7 +153,7 @@ def plain_numbers(axis: Axis) -> None:
 def bar(ax: Axes, y: float, value: float, strategy: str, low: float = np.nan, high: float = np.nan) -> None:
     """A horizontal bar in the look of a strategy, from 0 to `value`, with an error bar where `low` and `high` are."""
     look = style(strategy)
-    error = [[value - low], [high - value]] if np.isfinite(low) else None
+    error = [[value - low], [high - value]] if low < high else None
     ax.barh(y, value, 0.66, color=look.color, hatch=look.hatch, edgecolor="white", xerr=error, ecolor="0.25", capsize=3)
 
 
@@ -286,13 +286,14 @@ def _pairs(
     """The bars of a panel of `beside_paper`. margin: what a number takes beside a bar, on the axis."""
     for y, name in enumerate(names):
         if name not in set(rows["label"]):
-            _beside(ax, 0, y, "not known", color="0.45")
+            _beside(ax, 0, y, "not measured", color="0.45")
     for shift, source in ((-0.2, "paper"), (0.2, "ours")):
         own = rows[rows["source"] == source].drop_duplicates("label").set_index("label")
         for name, row in own.reindex(list(dict.fromkeys(rows["label"]))).iterrows():
             y, end = names.index(name), row[value]
             if pd.isna(end):
-                _beside(ax, 0, y + shift, f"{source}: not known", color="0.45")
+                told = "paper: not known" if source == "paper" else "ours: not measured"
+                _beside(ax, 0, y + shift, told, color="0.45")
                 continue
             look = {"color": "0.72"} if source == "paper" else {"color": style(row["strategy"]).color, "hatch": "//"}
             ax.barh(y + shift, end, height=0.36, edgecolor="white", **look)

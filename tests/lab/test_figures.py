@@ -146,7 +146,7 @@ def test_panels_beside_the_paper_share_labels_on_a_page(corpora):
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
     for i, ax in enumerate(figure.axes):
         assert " ".join(ax.get_title(loc="left").split()) == f"a_long_name_{i} for FLAN"
-        assert ("not known" in [text.get_text() for text in ax.texts]) == (i == 1)
+        assert ("not measured" in [text.get_text() for text in ax.texts]) == (i == 1)
     (legend,) = figure.legends
     boxes = [legend.get_window_extent(), *(ax.get_tightbbox() for ax in figure.axes)]
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])

@@ -79,9 +79,9 @@ def _markdown(table: pd.DataFrame) -> str:
         for data, ratio in zip(table["data"], table["speed_up_paper"])
     ]
     place = list(shown).index("× padding") + 1
-    shown.insert(place, "the paper's", theirs)
     if table["over_sdpa"].notna().any():
         shown.insert(place, "× padding, SDPA", tables.formatted(table["over_sdpa"], "{:.2f}"))
+    shown.insert(place, "the paper's", theirs)
     alike = [name for name in ("model", "corpus") if shown[name].nunique() == 1]
     return tables.markdown(shown.drop(columns=alike))
 
@@ -119,6 +119,7 @@ def worth(frame: pd.DataFrame, run: str) -> str:
     gain = (of.loc["minibatch_packing"] / of.loc["padding"]).dropna()
     gain = gain.loc[[data for data in STANDS_FOR if data in gain.index]]
     gained = " and ".join(f"{ratio:.2f} × as fast on {data}" for data, ratio in gain[rate].items())
+    most = " and ".join(f"{ratio:.2f}" for ratio in gain[allowed])
     shares = " and ".join(f"{share:.0%}" for share in gain[rate] / gain[allowed])
     rows = ok[(ok["strategy"] == "multipack_posid") & ~ok["rig.float8"].eq(True) & ok["rig.compile"].eq("layers")]
     rows = rows.nlargest(1, rate)
@@ -131,17 +132,17 @@ def worth(frame: pd.DataFrame, run: str) -> str:
     shown, asked = (ok.loc[[*ok.index[those], *rows.index]] for those in (in_graphs, graphs))
     return _cautions(asked) + (
         f"**{NAME} on {_devices(shown)}, batches of {SETTING['batch_size']}, on a rig that its host does not hold up: "
-        f"against padding, flattening the same mini-batches trains {gained}, {shares} of what the device's measured "
-        f"rates allow{full}.**{_checked(asked)}"
+        f"against padding through SDPA, flattening the same mini-batches trains {gained}; the device's measured rates "
+        f"allow {most}, of which that is {shares}{full}.**{_checked(asked)}"
     )
 
 
 def _checked(frame: pd.DataFrame) -> str:
-    """What repeats and a batch of one say for the times of these runs; nothing where neither was measured."""
+    """What repeats and a batch of one say for the times of these runs."""
     spread, alike = doubts.repeat_spread(frame), "With one example a batch, where nothing is padded, packing runs at"
     said = [f"Repeats of an arm are within {spread:.1%} of each other."] if pd.notna(spread) else []
     said += [f"{alike} {ratio:.3f} times padding's speed ({where})." for ratio, where in doubts.controls(frame)]
-    return f"\n\n{' '.join(said)}" if said else ""
+    return f"\n\n{' '.join(said) or 'Each arm ran once, without a control.'}"
 
 
 def claim(frame: pd.DataFrame, run: str) -> str:
@@ -149,12 +150,10 @@ def claim(frame: pd.DataFrame, run: str) -> str:
     arms = _varlen(_headline(frame)).set_index(["data", "strategy"]).loc["multitask"]
     packed, full = arms.loc["minibatch_packing"], arms.loc["multipack_posid"]
     saved = f"{100 * (1 - packed['memory_ratio']):.0f} % less peak memory"
-    over = packed["over_sdpa"]
-    sdpa = f" ({over:.2f} × padding through SDPA)" if pd.notna(over) else ""
     return _cautions(_plain(frame)) + (
         f"**{NAME} on {_devices(_speed(frame))}, a multi-task corpus, batches of {SETTING['batch_size']}: padding "
-        f"computes {packed['waste_ratio']:.2f} slots for every real token. Flattening the same batches trains "
-        f"{packed['speed_up']:.2f} × as fast{sdpa} with {saved}; packing whole examples into full rows trains "
+        f"computes {packed['waste_ratio']:.2f} slots for every real token of the measured steps. Flattening the same "
+        f"batches trains {packed['speed_up']:.2f} × as fast with {saved}; packing whole examples into full rows trains "
         f"{full['speed_up']:.2f} × as fast, in fewer and larger steps.**"
     )
 
@@ -212,15 +211,23 @@ def _largest_gap(used: pd.DataFrame, found: Iterable[Mapping[str, Any]]) -> floa
 def arms(frame: pd.DataFrame, run: str) -> str:
     """Every arm of the headline's model."""
     table = _against(frame)
-    return _reminder(frame) + _markdown(table[table["model"] == MODEL].reset_index(drop=True))
+    return _reminder(frame) + _markdown(table[table["model"] == MODEL].reset_index(drop=True)) + _measured(frame)
 
 
 def models(frame: pd.DataFrame, run: str) -> str:
-    """MiniBatchPacking of every model on the first corpus."""
+    """MiniBatchPacking of every model on the first corpus, below what takes the run's rankings back."""
     table = _against(frame)
     packed = (table["strategy"] == "minibatch_packing") & (table["kernel"] == "auto")
     shown = table[packed & (table["data"] == next(iter(STANDS_FOR)))].reset_index(drop=True)
-    return _reminder(frame) + _markdown(shown)
+    return _cautions(_plain(frame)) + _markdown(shown) + _measured(frame)
+
+
+def _measured(frame: pd.DataFrame) -> str:
+    """Where and when the runs of a table were measured, and on which attention."""
+    used = _speed(frame)
+    used = used[used["status"] == "ok"]
+    kernels = ", ".join(sorted({kernel for kernel in used["metrics.kernel"] if kernel in KERNELS}))
+    return f"\n\n{_devices(used)}, {used['environment.created'].min()[:10]}, attention by {kernels}."
 
 
 def losses(frame: pd.DataFrame, run: str) -> str:

@@ -26,8 +26,8 @@ LEGEND = {
     "tokens a step": "real tokens of an optimiser step, in the mean",
     "real tokens/s": "tokens of examples trained on per second; **slots/s** counts pads, too",
     "× padding": "real tokens/s over padding's, same model, data and device",
-    "limit": "slots per real token of padding over the arm's own: what dropping the pads alone can give; fuller "
-    "batches can give more",
+    "limit": "what dropping the pads alone can give: the optimiser's least time stays, all else of padding's step "
+    "shrinks as its slots do (where records lack that time: the ratio of slots); fuller batches can give more",
     "fill": "real tokens over slots",
     "memory × padding": "peak memory over padding's",
     "validation loss": "nats per token, held-out examples one by one, after as many passes over the data",

@@ -189,6 +189,8 @@ def fit_clock(found: Iterable[Mapping[str, Any]], label: str, rig: Mapping[str, 
             continue
         if record["spec"].get("kernel") == "transformers_sdpa":  # builds masks, and is nobody's way to pad
             continue
+        if record["spec"].get("kernel") == "maskless_sdpa" and record["spec"]["rig"].get("compile", "none") == "none":
+            continue  # launched kernel by kernel, it pays for each new width of a batch (LOG.md)
         of_run = asdict(Rig(**record["spec"].get("rig", {})))
         if all(of_run[name] == value for name, value in (rig or {}).items()):
             warm = min(record["spec"].get("warmup_steps", 0), len(record["trace"]["step"]) - 1)

@@ -360,7 +360,7 @@ LINES = {  # of a ratio: axis, column that is dashed on our bars, what that is
 
 
 def ratio_bars(table: pd.DataFrame, value: str, by: Sequence[str], title: str) -> Picture:
-    """`figures.beside_paper` of one of RATIOS, the range of both sides in the title, labelled by the columns `by`.
+    """`figures.beside_paper` of one of RATIOS, labelled by the columns `by`; the title has ranges of what both know.
 
     A panel each of the paper's data sets, with all that stands for it, and of any other corpus.
     """
@@ -373,7 +373,9 @@ def ratio_bars(table: pd.DataFrame, value: str, by: Sequence[str], title: str) -
     named["panel"] = named["panel"].map({panel: _panel_title(rows) for panel, rows in named.groupby("panel")})
     theirs = named.assign(source="paper", **{value: named[f"{value}_paper"]})
     both = pd.concat([theirs, named.assign(source="ours")])
-    title = f"{title}:\n{_span(named[value])} here, {_span(theirs[value])} in the paper"
+    pairs = named[value].notna() & named[f"{value}_paper"].notna()
+    told, known = (side[pairs] if pairs.any() else side for side in (named[value], theirs[value]))
+    title = f"{title}:\n{_span(told)} here, {_span(known)} in the paper"
     figure = figures.beside_paper(both, value, title, xlabel, panels="panel", decimals=2, limit=line, meaning=meaning)
     for ax in figure.axes:
         ax.axvline(1, color="0.4", linewidth=1)

@@ -136,7 +136,8 @@ def batch_size_table(frame: pd.DataFrame) -> pd.DataFrame:
     """
     ok = frame[(frame["status"] == "ok") & frame["strategy"].isin(PAIR) & (frame["kernel"] == "auto")]
     rows = []
-    for size, group in ok.groupby("batch_size"):
+    alike = [name for name in ("gradient_accumulation", "max_tokens") if name in ok]
+    for (size, *_), group in ok.groupby(["batch_size", *alike]):
         arms = dict(list(group.groupby("strategy")))
         if len(arms) < len(PAIR):
             continue
@@ -264,7 +265,7 @@ def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: Mapping[str, floa
     if cost["fixed_seconds"] > 0:
         before, each = cost["fixed_seconds"] * 1e3, cost["seconds_per_slot"] * 1e6
         said.append(f"By the line, a step costs {before:.0f} ms before its first slot and {each:.2f} µs per slot.")
-    spread = doubts.repeat_spread(frame[frame["kernel"] == "auto"])
+    spread = doubts.repeat_spread(frame)
     if pd.notna(spread):
         said.append(f"Repeating an arm moved its rate by at most {spread:.1%}.")
     lost = frame[frame["status"] != "ok"]
@@ -272,9 +273,11 @@ def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: Mapping[str, floa
 
 
 def _doubts(by_size: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
-    """What a batch of one in the curve, and repeats in the table, say against the times."""
+    """What a batch of one in the curve, and controls and repeats in the table, say against the times."""
     one = by_size[by_size["batch_size"] == 1] if len(by_size) else by_size
-    found = [doubts.of_control(ratio, "the curve's corpus") for ratio in one.get("speed_up", [])]
+    curve = [(ratio, "the curve's corpus") for ratio in one.get("speed_up", [])]
+    controls = doubts.controls(frame[frame["status"] == "ok"]) or curve
+    found = [doubts.of_control(*control) for control in controls]
     return [*(doubt for doubt in found if doubt), *doubts.of_repeats(frame)]
 
 

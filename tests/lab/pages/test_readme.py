@@ -97,8 +97,11 @@ def test_a_claim_of_a_run_in_doubt_stands_below_what_is_off(steady):
     assert readme.claim(frame, run).startswith("> [!CAUTION]\n> 🔴 **The control is off")
     assert readme.claim(frame, run).split("\n\n")[1] == readme.claim(steady, run)
     line = "🔴 *Control off (see above): read large differences, not small ones.*\n\n"
-    for block in (readme.headline, readme.arms, readme.models):
+    for block in (readme.headline, readme.arms):
         assert block(frame, run) == line + block(steady, run)
+    caution = readme.claim(frame, run).split("\n\n")[0]
+    assert readme.models(frame, run) == f"{caution}\n\n{readme.models(steady, run)}", "it may stand alone"
+    assert readme.models(steady, run).endswith("1 × NVIDIA H200, 2026-11-25, attention by torch_varlen.")
     assert "relative to padding (control off), Mistral" in readme.figure(frame, run)
     assert "relative to padding, Mistral" in readme.figure(steady, run)
     two = records.load_records(ROOT / "papermill_runs" / "h200x2")
@@ -118,7 +121,9 @@ def test_what_packing_is_worth_stands_beside_its_control_and_below_it_where_it_i
     one = frame["rig.graphs"].eq(True) & (frame["batch_size"] == 1) & (frame["strategy"] == "padding")
     off = readme.worth(frame.assign(**{rate: frame[rate].where(~one, frame[rate] * 1.1)}), "h200")
     assert off.startswith("> [!CAUTION]\n> 🔴 **The control is off") and said in off
-    assert readme.worth(records.load_records(ROOT / "papermill_runs" / "h100"), "h100").endswith("trains them.**")
+    assert readme.worth(records.load_records(ROOT / "papermill_runs" / "h100"), "h100").endswith(
+        "once, without a control."
+    )
 
 
 def test_the_title_of_a_figure_of_a_run_in_doubt_says_so(steady, tmp_path, monkeypatch):

@@ -109,6 +109,12 @@ def test_reached_is_the_share_of_the_limit_that_became_speed():
             row("multipack_posid", 900, 1.0, batch_size=4),
         ]
     )
+    again = row("minibatch_packing", 160, 1.0, batch_size=4, repeat=1)
+    twice = throughput.batch_size_table(pd.DataFrame([*frame.to_dict("records"), again]))
+    assert twice.set_index("batch_size").loc[4, "speed_up"] == 1.75, "repeats are pooled"
+    wide = [row(rate=9, batch_size=4, max_tokens=2), row("minibatch_packing", 9, 1.0, batch_size=4, max_tokens=2)]
+    apart = throughput.batch_size_table(pd.DataFrame([*frame.assign(max_tokens=1).to_dict("records"), *wide]))
+    assert sorted(apart.loc[apart["batch_size"] == 4, "speed_up"]) == [1.0, 1.9], "another setting is no repeat"
     table = throughput.batch_size_table(frame).set_index("batch_size")
     assert table["speed_up"].to_dict() == {1: 1.01, 4: 1.9, 8: 2.0} and table["limit"].to_dict() == {
         1: 1.0,
