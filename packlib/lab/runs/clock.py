@@ -204,6 +204,22 @@ class StepClock(TrainerCallback):
         }
 
 
+class Phases:
+    """Seconds of the parts of a run, one after another from here on; `end` names the part that has just ended.
+
+    Of a short arm most time is no training: a sweep's cost is read off these.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def end(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = round(now - self._since, 3)
+        self._since = now
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep freed tensors for the next ones, as the allocators that PyTorch's CPU guide recommends do.
 

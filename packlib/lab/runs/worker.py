@@ -37,6 +37,7 @@ from packlib.lab.runs import evaluation, rig
 from packlib.lab.runs.clock import (
     COUNTS,
     Counter,
+    Phases,
     StepClock,
     copy_rate,
     keep_freed_memory,
@@ -102,16 +103,20 @@ def own_cores(rank: int, ranks: int) -> None:
 def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
     """Build, train, evaluate: the `environment`, `plan`, `metrics` and `trace` of a record."""
     # 1. What is trained on, and what this device can do.
+    phases = Phases()
     device = _device()
     if device.type == "cpu":
         keep_freed_memory()
     strategy = get_strategy(spec.strategy)
     corpus = load_corpus(spec.corpus, **spec.corpus_options)
     held_out = _held_out(spec, spec.eval_examples) if spec.eval_examples else None
+    phases.end("corpus")
     rates = Rates(matmul_ceiling(device, _compute_dtype(spec)), copy_rate(device))
+    phases.end("device")
     kernel, attn = route(spec, strategy, device)
     dataset, report = planned(spec, strategy, corpus)
     collator, shapes = collation(spec, strategy, corpus, dataset)
+    phases.end("plan")
     # 2. Train.
     with tempfile.TemporaryDirectory() as scratch, flash(attn, kernel):
         one_shape = len({batch["input_ids"].shape for batch in shapes}) == 1
@@ -133,7 +138,9 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
         if spec.rig.graphs:
             progress(f"{trainer.capture(shapes)} graphs captured")
         trainer.data_collator = counter = Counter(trainer.data_collator)
+        phases.end("model")
         trainer.train()
+        phases.end("training")
         # 3. Look at what happened.
         own = counter.per_step(spec.gradient_accumulation, clock.ends, len(trainer.get_train_dataloader()))
         of_ranks = of_all_ranks(own)
@@ -160,6 +167,8 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
             asked = _held_out(replace(spec, loss="response"), spec.generate_examples)
             metrics |= evaluation.exact_match(model, asked, tokenizer)
         trace = clock.trace(counts, *trainer.history())
+    phases.end("results")
+    metrics["phases"] = phases.seconds
     return {"environment": records.environment(corpus.sha256), "plan": report, "metrics": metrics, "trace": trace}
 
 

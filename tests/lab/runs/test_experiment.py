@@ -141,6 +141,8 @@ def test_a_record_holds_what_the_design_says(swept, folder):
         assert {len(trace[name]) for name in ("step", "seconds", "loss", "grad_norm", *CURVES)} == {len(trace["step"])}
         assert all(a < b for a, b in zip(trace["seconds"], trace["seconds"][1:]))
         assert metrics["eval_loss_per_token"] < trace["loss"][0], "it learned something"
+        assert list(metrics["phases"]) == ["corpus", "device", "plan", "model", "training", "results"]
+        assert 0 < trace["seconds"][-1] <= metrics["phases"]["training"] and min(metrics["phases"].values()) >= 0
         text = json.dumps(record)
         assert str(Path.home()) not in text and str(folder) not in text, "a path of this machine"
 
