@@ -167,9 +167,10 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
             asked = _held_out(replace(spec, loss="response"), spec.generate_examples)
             metrics |= evaluation.exact_match(model, asked, tokenizer)
         trace = clock.trace(counts, *trainer.history())
+    environment = records.environment(corpus.sha256)
     phases.end("results")
     metrics["phases"] = phases.seconds
-    return {"environment": records.environment(corpus.sha256), "plan": report, "metrics": metrics, "trace": trace}
+    return {"environment": environment, "plan": report, "metrics": metrics, "trace": trace}
 
 
 def _limits(spec: RunSpec, model: PreTrainedModel, rates: Rates, metrics: Mapping[str, Any]) -> dict[str, Any]:
