@@ -311,7 +311,7 @@ class _Probe:
             for name, module in watched.items():
                 _answer_for(module, functools.partial(watch, name))
             with torch.no_grad(), inside(self.segments):
-                self.model(**self.batch | {"use_cache": False})
+                self.model(**self.batch)
         except Exception as error:
             raise ValueError(f"{type(self.model).__name__} does not take a packed row: {error}") from error
         finally:
@@ -393,7 +393,7 @@ class _Probe:
         hook = self.model.get_input_embeddings().register_forward_hook(to_leaf)
         try:
             with torch.set_grad_enabled(gradient), inside(self.segments):
-                packed = _logits(self.model(**self.batch | {"use_cache": False}))[0]
+                packed = _logits(self.model(**self.batch))[0]
                 return packed, per_token(leaves[:1], self.segments.tokens)  # XLNet embeds [T, 1, C]
         finally:
             hook.remove()

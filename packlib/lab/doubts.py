@@ -127,7 +127,7 @@ def _widest(frame: pd.DataFrame) -> tuple[float, str]:
     spread, where = math.nan, ""
     if column not in ok:
         return spread, where
-    for _, arm in _by_setting(ok, ["strategy", "kernel", "seed", "metrics.measured_steps"]):
+    for _, arm in _by_setting(ok, ["strategy", "kernel", "seed"], steps=True):
         apart = arm[column].max() / arm[column].min() - 1
         if len(arm) > 1 and not apart <= spread:
             one = arm.iloc[0]
@@ -156,9 +156,8 @@ def controls(timed: pd.DataFrame) -> list[tuple[float, str]]:
     return found
 
 
-def _by_setting(frame: pd.DataFrame, own: list[str]) -> pd.api.typing.DataFrameGroupBy:
-    """Runs by all that their specs share, besides the number of steps, and by the columns `own`."""
-    varies = tables.VARIES - {"model", "corpus"} | {"steps"}
+def _by_setting(frame: pd.DataFrame, own: list[str], *, steps: bool = False) -> pd.api.typing.DataFrameGroupBy:
+    """Runs by all that their specs share, of their number of steps only if `steps`, and by the columns `own`."""
+    varies = tables.VARIES - {"model", "corpus"} | (set() if steps else {"steps"})
     fixed = [name for name in frame if "." not in name and name not in varies]
-    own = [name for name in own if name in frame]
     return frame.assign(rig=tables.rigs(frame)).groupby([*fixed, "rig", *own], sort=False, dropna=False)

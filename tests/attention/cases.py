@@ -45,7 +45,7 @@ def features(lengths=(9, 4, 14), seed=0):
 def packed(examples):
     batch = FlatteningCollator()(examples)
     del batch["labels"], batch["seq_idx"]
-    return batch | {"use_cache": False}
+    return batch
 
 
 @torch.no_grad()

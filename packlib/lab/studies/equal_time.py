@@ -187,11 +187,10 @@ def fit_clock(found: Iterable[Mapping[str, Any]], label: str, rig: Mapping[str, 
         strategy = STRATEGIES.get(record["spec"].get("strategy", ""))
         if record["status"] != "ok" or strategy is None or strategy.trl or not records.had_device_alone(record):
             continue
-        if record["spec"].get("kernel") == "transformers_sdpa":  # builds masks, and is nobody's way to pad
+        of_run, kernel = asdict(Rig(**record["spec"].get("rig", {}))), record["spec"].get("kernel")
+        # One builds masks, and is nobody's way to pad; the other, but in graphs, pays for each new width (LOG.md).
+        if kernel == "transformers_sdpa" or (kernel == "maskless_sdpa" and not of_run["graphs"]):
             continue
-        if record["spec"].get("kernel") == "maskless_sdpa" and record["spec"]["rig"].get("compile", "none") == "none":
-            continue  # launched kernel by kernel, it pays for each new width of a batch (LOG.md)
-        of_run = asdict(Rig(**record["spec"].get("rig", {})))
         if all(of_run[name] == value for name, value in (rig or {}).items()):
             warm = min(record["spec"].get("warmup_steps", 0), len(record["trace"]["step"]) - 1)
             seconds, slots = (np.diff(record["trace"][name], prepend=0)[warm:].mean() for name in ("seconds", "slots"))

@@ -168,10 +168,9 @@ def display_sizes(by_size: pd.DataFrame) -> Styler:
 
 
 def like(frame: pd.DataFrame, spec: RunSpec, corpus: str) -> pd.DataFrame:
-    """The runs of `frame` on a corpus that share model, rig and attention with a spec, each once."""
+    """The runs of `frame` on a corpus that share model, rig and attention with a spec."""
     place = (frame["model"] == spec.model) & (frame["corpus"] == corpus) & (frame["kernel"] == spec.kernel)
-    found = frame[place & (tables.rigs(frame) == tables.rig_label(asdict(spec.rig), spec.world_size))]
-    return found.drop_duplicates("run_id")
+    return frame[place & (tables.rigs(frame) == tables.rig_label(asdict(spec.rig), spec.world_size))]
 
 
 def fixed_cost(frame: pd.DataFrame) -> dict[str, float]:
@@ -249,9 +248,10 @@ def batch_size_curve(by_size: pd.DataFrame, model: str, corpus: str) -> Picture:
 def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: Mapping[str, float], frame: pd.DataFrame) -> list[str]:
     """Sentences of notebook 06, every number from records; none ranks where a control is off, which comes first.
 
-    table: `tables.against` of `frame`. by_size: `batch_size_table`. cost: `fixed_cost`.
+    table: `tables.against` of the table's arms. by_size: `batch_size_table`. cost: `fixed_cost`. frame: all runs, those
+    of the curve, too.
     """
-    said: list[str] = _doubts(by_size, frame)
+    said: list[str] = list(doubts.doubts(frame))
     ranked = not said
     named = table.assign(model=tables.named_models(table["model"], table["rig"]))
     ours = named[(named["kernel"] == "auto") & named["speed_up"].notna()]
@@ -270,15 +270,6 @@ def findings(table: pd.DataFrame, by_size: pd.DataFrame, cost: Mapping[str, floa
         said.append(f"Repeating an arm moved its rate by at most {spread:.1%}.")
     lost = frame[frame["status"] != "ok"]
     return said + [f"{row.strategy} with {row.model}: {row.status}, {row.error}." for row in lost.itertuples()]
-
-
-def _doubts(by_size: pd.DataFrame, frame: pd.DataFrame) -> list[str]:
-    """What a batch of one in the curve, and controls and repeats in the table, say against the times."""
-    one = by_size[by_size["batch_size"] == 1] if len(by_size) else by_size
-    curve = [(ratio, "the curve's corpus") for ratio in one.get("speed_up", [])]
-    controls = doubts.controls(frame[frame["status"] == "ok"]) or curve
-    found = [doubts.of_control(*control) for control in controls]
-    return [*(doubt for doubt in found if doubt), *doubts.of_repeats(frame)]
 
 
 def _about_arms(arms: pd.DataFrame, *, ranked: bool) -> list[str]:

@@ -145,8 +145,9 @@ def test_repeats_must_take_the_same_time(second, off):
     frame = pd.DataFrame([{"environment.concurrent_runs": 1} | one for one in found])
     assert doubts.repeat_spread(frame) == pytest.approx(second / 100 - 1)
     assert bool(doubts.doubts(frame)) == off
-    apart = frame.assign(batch_size=[4, 8])
-    assert math.isnan(doubts.repeat_spread(apart)) and not doubts.doubts(apart), "other settings are no repeats"
+    for other in ({"batch_size": [4, 8]}, {"steps": [6, 13]}):
+        apart = frame.assign(**other)
+        assert math.isnan(doubts.repeat_spread(apart)) and not doubts.doubts(apart), "other settings are no repeats"
 
 
 def test_a_run_with_a_control_that_is_off_ranks_nothing():
@@ -158,7 +159,9 @@ def test_a_run_with_a_control_that_is_off_ranks_nothing():
 
     def said(control: float) -> list[str]:
         by_size = pd.DataFrame({"batch_size": [1, 4], "speed_up": [control, 1.5], "reached": [math.nan, 0.5]})
-        return throughput.findings(tables.against(frame), by_size, cost, frame)
+        one = [row(batch_size=1), row("minibatch_packing", 100 * control, 1.0, batch_size=1)]
+        runs = pd.concat([frame, pd.DataFrame(one).assign(**{"environment.concurrent_runs": 1})])
+        return throughput.findings(tables.against(frame), by_size, cost, runs)
 
     good, bad = said(1.01), said(1.2)
     assert any("the fastest of" in line for line in good) and any("the most in the curve" in line for line in good)

@@ -87,7 +87,7 @@ def test_fused_layers_need_their_package(monkeypatch):
 def batch(lengths=(9, 4, 14)):
     generator = torch.Generator().manual_seed(0)
     examples = [{"input_ids": torch.randint(0, 64, (n,), generator=generator).tolist()} for n in lengths]
-    return FlatteningCollator()(examples) | {"use_cache": False}
+    return FlatteningCollator()(examples)
 
 
 def gradients(model):
@@ -326,7 +326,7 @@ def test_eager_layers_in_bfloat16_round_the_effect_of_young_adapters_away(monkey
 def packed(lengths, room=8, to=32):
     examples = [{"input_ids": [(7 * i + n) % 60 for i in range(n)]} for n in lengths]
     options = {"pad_to_multiple_of": to, "pad_segments_to": room, "max_seqlen_multiple_of": to}
-    return FlatteningCollator(**options)(examples) | {"use_cache": False}
+    return FlatteningCollator(**options)(examples)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "reference"])

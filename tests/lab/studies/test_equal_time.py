@@ -62,6 +62,11 @@ def test_a_clock_finds_the_costs_it_was_made_of(tmp_path):
     assert equal_time.fit_clock(found[:1], "made") is None
     shared = [record | {"environment": {"concurrent_runs": 2}} for record in found]
     assert equal_time.fit_clock(shared, "made") is None, "times of runs that shared the device are none"
+    sdpa = found[0] | {"run_id": "other", "spec": found[0]["spec"] | {"kernel": "maskless_sdpa"}}
+    assert equal_time.fit_clock([*found, sdpa], "made") == clock, "launched kernel by kernel, SDPA pays for new widths"
+    graphs = {"compile": "layers", "graphs": True, "fused_loss": True, "pad_to": 16}
+    sdpa["spec"] |= {"rig": sdpa["spec"]["rig"] | graphs}
+    assert "other" in equal_time.fit_clock([*found, sdpa], "made").runs
 
 
 def test_the_winner_is_who_has_the_lowest_loss_by_the_clock_in_hand(tmp_path):

@@ -14,9 +14,17 @@ from packlib.lab.pages import reproduce
 from packlib.lab.runs import experiment
 from packlib.lab.runs.spec import Rig, RunSpec
 from packlib.lab.studies import throughput
-from tests.lab.test_tables import lost, row
+from tests.lab import test_tables as made
 
 BASE = RunSpec(steps=9)
+
+
+def row(*arm, **changes) -> dict:
+    return {"environment.concurrent_runs": 1} | made.row(*arm, **changes)
+
+
+def lost(*arm, **changes) -> dict:
+    return {"environment.concurrent_runs": 1} | made.lost(*arm, **changes)
 
 
 def test_arms_come_in_the_order_in_which_they_are_read():
@@ -185,13 +193,11 @@ def rigged(strategy="padding", rate=100.0, liger=False, **changes):
 
 
 def test_figures_and_line_are_of_the_first_rig():
-    found = [rigged(), rigged("multipack_posid", 200), rigged(rate=500, liger=True), lost("dynapipe")]
-    frame = pd.DataFrame([{"run_id": f"r{i}"} | one for i, one in enumerate(found)])
+    frame = pd.DataFrame([rigged(), rigged("multipack_posid", 200), rigged(rate=500, liger=True), lost("dynapipe")])
     main = throughput.main_arms(tables.against(frame), "tiny-llama")
     assert main["strategy"].tolist() == ["padding", "multipack_posid"] and main["tokens_per_s"].max() == 200
     spec = RunSpec(corpus="pydocs", rig=Rig(recompute="all"))
-    twice = pd.concat([frame, frame.head(1)], ignore_index=True)  # an arm of the table and of the curve
-    assert throughput.like(twice, spec, "pydocs").index.tolist() == [0, 1]
+    assert throughput.like(frame, spec, "pydocs").index.tolist() == [0, 1]
     assert len(throughput.like(frame, spec, "arithmetic")) == 0
 
 
