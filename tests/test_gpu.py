@@ -143,8 +143,9 @@ def test_bfloat16_gradients(model_type, kernel):
 
 
 @pytest.mark.skipif(bool(lacks("flash_attn_4")), reason=lacks("flash_attn_4"))
-def test_compiled_layers_go_on_behind_flash_attn_4():
+def test_compiled_layers_go_on_behind_flash_attn_4(monkeypatch):
     """It cannot be traced: a graph ends before it, another begins, and the gradients are those of eager layers."""
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # no processes that outlive the test
     batch = on_gpu(FlatteningCollator()(features((40, 9, 64, 23))))
     found = []
     for compiled in (False, True):

@@ -15,6 +15,7 @@ from typing import Any, Self
 import pandas as pd
 
 from packlib.lab import records, tables
+from packlib.lab.runs.spec import PADDED_SDPA
 
 CONTROL = 0.03  # a batch of one: packing's speed over padding's, from 1
 REPEATS = 0.03  # rates of an arm's repeats, largest over smallest, from 1
@@ -149,7 +150,7 @@ def controls(timed: pd.DataFrame) -> list[tuple[float, str]]:
     found = []
     for _, group in _by_setting(one, []):
         rate = group.groupby(["strategy", "kernel"])["metrics.tokens_per_s.mean"].median()
-        padded = [rate[arm] for kernel in ("auto", "maskless_sdpa") if (arm := ("padding", kernel)) in rate]
+        padded = [rate[arm] for kernel in ("auto", *PADDED_SDPA) if (arm := ("padding", kernel)) in rate]
         if padded and (packed := ("minibatch_packing", "auto")) in rate:
             where = f"{tables.short(group['model'].iloc[0])} on {tables.short(group['corpus'].iloc[0])}"
             found.append((float(rate[packed] / padded[0]), where))

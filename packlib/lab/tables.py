@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from packlib.lab.runs.spec import Rig, in_words
+from packlib.lab.runs.spec import PADDED_SDPA, Rig, in_words
 from packlib.lab.strategies import STRATEGIES
 
 MEASURED = (
@@ -68,8 +68,8 @@ def short(name: str) -> str:
 def arm_label(strategy: str, kernel: str) -> str:
     """How an arm is written: the strategy, and the attention where it is transformers' own."""
     label = STRATEGIES[strategy].label
-    if kernel == "maskless_sdpa":
-        return f"{label} (sdpa, no mask)"
+    if kernel in PADDED_SDPA:
+        return f"{label} (sdpa, {'flash' if kernel == 'flash_sdpa' else 'no mask'})"
     return f"{label} ({kernel.removeprefix('transformers_')})" if kernel.startswith("transformers_") else label
 
 

@@ -41,6 +41,8 @@ def test_where_only_sdpa_pads_it_is_the_control():
     packed = control(1.2, run="x")[1]
     sdpa = control(1.0, run="x")[0] | {"kernel": "maskless_sdpa"}
     assert doubts.in_short(doubts.by_run(frame(sdpa, packed))["x"]) == "control off"
+    flash = sdpa | {"kernel": "flash_sdpa", "metrics.tokens_per_s.mean": 120.0}
+    assert doubts.by_run(frame(sdpa, packed, flash)) == {}, "of two ways through SDPA the stronger"
     unpadded = control(1.0, run="x")[0] | {"metrics.tokens_per_s.mean": 120.0}
     assert doubts.by_run(frame(sdpa, packed, unpadded)) == {}
     assert doubts.by_run(frame(sdpa | {"kernel": "transformers_sdpa"}, packed)) == {}, "it builds masks"

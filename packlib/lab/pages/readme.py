@@ -23,6 +23,7 @@ from packlib.attention import KERNELS
 from packlib.lab import doubts, figures, paper, records, tables
 from packlib.lab.pages import report
 from packlib.lab.parameters import unknown_name
+from packlib.lab.runs.spec import PADDED_SDPA
 from packlib.lab.studies import convergence, cutting, neighbours, third_reason, throughput
 from packlib.lab.studies import paper as comparison
 
@@ -88,7 +89,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 def _headline(frame: pd.DataFrame) -> pd.DataFrame:
     table = _against(frame)
-    kernels = table["kernel"].isin(["auto", "maskless_sdpa"])
+    kernels = table["kernel"].isin(["auto", *PADDED_SDPA])
     chosen = (table["model"] == MODEL) & kernels & table["strategy"].isin(HEADLINE)
     return table[chosen].reset_index(drop=True)
 

@@ -20,7 +20,8 @@ DTYPES = ("float32", "bfloat16", "bf16_mixed")
 OVERFLOW = ("error", "truncate", "split", "cut")
 ORDERS = ("planned", "long_first", "long_last", "neighbours")
 LOSSES = ("full", "response")
-OWN_ATTENTION = ("transformers_sdpa", "transformers_eager", "transformers_flash", "maskless_sdpa")
+PADDED_SDPA = ("flash_sdpa", "maskless_sdpa")  # pads are attended to; the first is the stronger baseline
+OWN_ATTENTION = ("transformers_sdpa", "transformers_eager", "transformers_flash", *PADDED_SDPA)
 KERNEL_NAMES = ("auto", *KERNELS, *OWN_ATTENTION)
 
 
@@ -138,8 +139,9 @@ class RunSpec:
     warmup_steps: first steps left out of every timing. repeat: distinguishes repetitions of one measurement.
     kernel: one of `packlib.attention.KERNELS` or `auto`, through `packlib_varlen`; or `transformers_sdpa`,
         `transformers_eager`, `transformers_flash`: transformers' own attention, the last with the flash-attn package or
-        a stand-in for its kernel; or `maskless_sdpa`: transformers' SDPA on padded batches without their mask, which
-        causal attention does not need where pads are on the right.
+        a stand-in for its kernel; or `maskless_sdpa`: PyTorch's SDPA on padded batches without their mask, which causal
+        attention does not need where pads are on the right; or `flash_sdpa`: the same, held to PyTorch's flash kernel
+        (on Hopper PyTorch prefers cuDNN, which plans every new shape anew).
     dtype: `float32`; `bfloat16` (weights, gradients and optimiser states); `bf16_mixed` (float32 weights under
         autocast).
     weighting: one of `packlib.losses.WEIGHTINGS`. loss: `full` or `response`. overflow: what happens to examples above

@@ -25,6 +25,7 @@ import transformers
 from datasets import Dataset, disable_progress_bars
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, set_seed
 from trl import SFTConfig
 
@@ -46,7 +47,7 @@ from packlib.lab.runs.clock import (
     of_all_ranks,
 )
 from packlib.lab.runs.limits import Rates, StepWork, step_limit
-from packlib.lab.runs.spec import RunSpec
+from packlib.lab.runs.spec import PADDED_SDPA, RunSpec
 from packlib.lab.strategies import Strategy, get_strategy, plan_for
 
 
@@ -118,7 +119,7 @@ def measure(spec: RunSpec, progress: Callable[[str], None]) -> dict[str, Any]:
     collator, shapes = collation(spec, strategy, corpus, dataset)
     phases.end("plan")
     # 2. Train.
-    with tempfile.TemporaryDirectory() as scratch, flash(attn, kernel):
+    with tempfile.TemporaryDirectory() as scratch, dispatched(attn, kernel):
         one_shape = len({batch["input_ids"].shape for batch in shapes}) == 1
         model, mixers = build(spec, corpus, attn, device, flat=strategy.layout == "flat", one_shape=one_shape)
         clock = StepClock(spec, device, progress, (lambda: evaluation.evaluate(model, held_out)) if held_out else None)
@@ -311,7 +312,7 @@ def collation(
         options = rig.flat_shapes(spec.rig, spec.max_tokens, _most_segments(spec, strategy, dataset))
     elif spec.rig.pad_to:
         options = {"pad_to_multiple_of": spec.rig.pad_to}
-    if spec.kernel == "maskless_sdpa":
+    if spec.kernel in PADDED_SDPA:
         options["with_mask"] = False
     collator = strategy.collator(corpus.pad_token_id, **options)
     shapes: dict[tuple, dict[str, Any]] = {}
@@ -341,11 +342,12 @@ def route(spec: RunSpec, strategy: Strategy, device: torch.device) -> tuple[str,
 
     TRL's peers and models with attention classes of their own go through transformers' flash dispatch.
     """
-    if spec.kernel in ("transformers_sdpa", "transformers_eager", "maskless_sdpa"):
-        if strategy.layout == "flat" or (strategy.trl is not None and spec.kernel == "maskless_sdpa"):
+    maskless = spec.kernel in PADDED_SDPA
+    if maskless or spec.kernel in ("transformers_sdpa", "transformers_eager"):
+        if strategy.layout == "flat" or (strategy.trl is not None and maskless):
             expected = "expected a varlen kernel"
             raise ValueError(f"kernel = {spec.kernel!r} builds a T x T mask or none for {spec.strategy}; {expected}")
-        if spec.kernel == "maskless_sdpa":
+        if maskless:
             return spec.kernel, attention.register_attention("sdpa", "packlib_rows")
         return spec.kernel, spec.kernel.removeprefix("transformers_")
     asked = "auto" if spec.kernel == "transformers_flash" else spec.kernel
@@ -357,8 +359,13 @@ def route(spec: RunSpec, strategy: Strategy, device: torch.device) -> tuple[str,
     return kernel, attention.register_attention(kernel)
 
 
-def flash(attn: str, kernel: str) -> AbstractContextManager:
-    """transformers' flash dispatch on `kernel`, where a run goes through it and flash-attn is not what computes."""
+def dispatched(attn: str, kernel: str) -> AbstractContextManager:
+    """While a run lasts: PyTorch's SDPA on its flash kernel, or transformers' flash dispatch on `kernel`.
+
+    The first where `flash_sdpa` is asked for, the second where a run goes there and flash-attn is not what computes.
+    """
+    if kernel == "flash_sdpa":
+        return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
     return attention.flash_stand_in(kernel) if attn == "flash_attention_2" and kernel != "flash_attn" else nullcontext()
 
 

@@ -72,7 +72,7 @@ def of_kernels(
         if name not in KERNELS:
             raise unknown_name("kernel", name, KERNELS)
         arms = [dict(shared) | {"arm": "varlen", "mix": mix, "tokens": count, "kernel": name} for count in tokens]
-        if reason := KERNELS[name].missing(torch.device(shared["device"]), _dtype(shared)):
+        if reason := KERNELS[name].missing(torch.device(shared["device"]), dtype_of(shared)):
             published = [spec for spec in arms if records.read_record(folder, records.run_id(spec)) is not None]
             if len(published) < len(arms):
                 logger.warning("%s is not timed: %s", name, reason)
@@ -122,7 +122,7 @@ class Arm(NamedTuple):
 
 def arm(spec: Spec, lengths: np.ndarray) -> Arm:
     """The arm of a spec on examples of these lengths; queries are [*shape, heads, head_dim]."""
-    name, device, dtype = spec["arm"], torch.device(spec["device"]), _dtype(spec)
+    name, device, dtype = spec["arm"], torch.device(spec["device"]), dtype_of(spec)
     cu_seqlens = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32)).to(device)
     longest, total = int(lengths.max()), int(lengths.sum())
     kernel = resolve_kernel("flex" if name == "flex" else spec["kernel"], device, dtype)
@@ -157,7 +157,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
-def _dtype(spec: Spec) -> torch.dtype:
+def dtype_of(spec: Spec) -> torch.dtype:
+    """What attention runs in on the device of a spec."""
     return torch.bfloat16 if spec["device"] == "cuda" else torch.float32
 
 
@@ -172,20 +173,20 @@ def measure(spec: Spec) -> dict[str, Any]:
     lengths = draw_lengths(spec["mix"], spec["tokens"], spec["mean_length"], spec["seed"])
     build, attend, shape = arm(spec, lengths)
     backward = (spec["arm"], spec["device"]) != ("flex", "cpu")
-    device, dtype = torch.device(spec["device"]), _dtype(spec)
+    device, dtype = torch.device(spec["device"]), dtype_of(spec)
     q, k, v = (
         torch.randn(*shape, spec[heads], spec["head_dim"], device=device, dtype=dtype, requires_grad=backward)
         for heads in ("heads", "kv_heads", "kv_heads")
     )
     marks = []
     for _ in range(WARM_UPS + spec["repeats"]):
-        started = _now(device)
+        started = now(device)
         mask = build()
-        built = _now(device)
+        built = now(device)
         out = attend(q, k, v, mask)
         if backward:
             out.backward(out.detach())
-        marks.append((started, built, _now(device)))
+        marks.append((started, built, now(device)))
     masks, layers = np.diff(marks[WARM_UPS:]).T
     step = float(np.median(masks) + spec["layers"] * np.median(layers))
     flops = useful_flops(lengths, spec["heads"], spec["head_dim"]) / (1 if backward else 1 + BACKWARD)
@@ -202,30 +203,36 @@ def measure(spec: Spec) -> dict[str, Any]:
     }
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     """Seconds on a clock when everything that was launched is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def sweep(folder: Path, specs: Iterable[Spec]) -> pd.DataFrame:
-    """Measure the specs that have no record in `folder`, write a record each, and return those of all as rows."""
+def sweep(
+    folder: Path, specs: Iterable[Spec], measured_by: Callable[[Spec], dict[str, Any]] | None = None
+) -> pd.DataFrame:
+    """Measure the specs that have no record in `folder`, write a record each, and return those of all as rows.
+
+    measured_by: gives the metrics of a spec; `measure` by default.
+    """
     specs = [dict(spec) for spec in specs]
     for i, spec in enumerate(specs):
         if records.read_record(folder, records.run_id(spec)) is None:
-            records.write_record(folder, _measured(spec))
-            logger.info("%d of %d: %s, %s, %d tokens", i + 1, len(specs), spec["arm"], spec["mix"], spec["tokens"])
+            records.write_record(folder, _measured(spec, measured_by or measure))
+            told = ", ".join(str(spec[name]) for name in ("arm", "backend", "mix", "tokens") if name in spec)
+            logger.info("%d of %d: %s", i + 1, len(specs), told)
     table = records.load_records(folder)
     return table[table["run_id"].isin([records.run_id(spec) for spec in specs])]
 
 
-def _measured(spec: Spec) -> dict[str, Any]:
+def _measured(spec: Spec, measured_by: Callable[[Spec], dict[str, Any]]) -> dict[str, Any]:
     """The record of a spec; what did not fit is one, too."""
     identity = records.run_id(spec)
     try:
-        ceiling = matmul_ceiling(torch.device(spec["device"]), _dtype(spec))
-        metrics = measure(spec) | {"matmul_flops_ceiling": ceiling}
+        ceiling = matmul_ceiling(torch.device(spec["device"]), dtype_of(spec))
+        metrics = measured_by(spec) | {"matmul_flops_ceiling": ceiling}
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         return records.unfinished(identity, spec, "oom", str(error).splitlines()[0])

@@ -19,7 +19,7 @@ import pandas as pd
 from packlib.lab import doubts, figures, models, paper, records, tables
 from packlib.lab.figures import Picture
 from packlib.lab.parameters import unknown_name
-from packlib.lab.runs.spec import RunSpec
+from packlib.lab.runs.spec import PADDED_SDPA, RunSpec
 from packlib.lab.strategies import STRATEGIES
 from packlib.lab.studies import convergence
 
@@ -431,13 +431,14 @@ def _over_sdpa(frame: pd.DataFrame) -> dict[tuple[str, str, str], float]:
     arms, rate = speed_arms(frame), "metrics.tokens_per_s.mean"
     if not len(arms):
         return {}
-    timed = tables.alone(frame[(frame["kernel"] == "maskless_sdpa") & (frame["status"] == "ok")])
+    timed = tables.alone(frame[frame["kernel"].isin(PADDED_SDPA) & (frame["status"] == "ok")])
     same = ["run", "architecture", "corpus", "batch_size", "gradient_accumulation", "max_tokens", "setting"]
     flat, padded = (
-        runs[runs["strategy"] == name].assign(setting=tables.rigs(runs)).groupby(same, sort=False)
-        for runs, name in ((arms, "minibatch_packing"), (timed, "padding"))
+        runs[runs["strategy"] == name].assign(setting=tables.rigs(runs)).groupby([*same, *own], sort=False)
+        for runs, name, own in ((arms, "minibatch_packing", []), (timed, "padding", ["kernel"]))
     )
-    ratio = (flat[rate].median() / padded[rate].median()).dropna()
+    by_kernel = padded[rate].median().unstack().reindex(columns=PADDED_SDPA)
+    ratio = (flat[rate].median() / by_kernel.bfill(axis=1).iloc[:, 0]).dropna()
     named = flat["model"].first()
     return {(key[0], named[key], tables.short(key[2])): float(found) for key, found in ratio.items()}
 

@@ -21,7 +21,7 @@ from scipy import stats
 from packlib.lab import doubts, figures, tables
 from packlib.lab.data.corpora import load_corpus
 from packlib.lab.figures import Picture
-from packlib.lab.runs.spec import RunSpec
+from packlib.lab.runs.spec import PADDED_SDPA, RunSpec
 from packlib.lab.strategies import STRATEGIES, get_strategy, plan_for
 
 PLACE = ("models", "corpora", "strategies")  # what arms are spread over
@@ -113,15 +113,18 @@ def main_arms(table: pd.DataFrame, model: str) -> pd.DataFrame:
 def both_baselines(frame: pd.DataFrame) -> pd.DataFrame:
     """`tables.against` of the runs that had the device to themselves, and `over_sdpa`: speed over padding through SDPA.
 
-    The same model, rig, size of batches and corpus for both; NaN where that padding was not measured, and `speed_up`
-    where no padding was that is unpadded inside attention. Rates are of one rank.
+    The same model, rig, size of batches and corpus for both; of the two ways of padding through SDPA the first of
+    PADDED_SDPA that was measured. NaN where none was, and `speed_up` where no padding was that is unpadded inside
+    attention. Rates are of one rank.
     """
     found = tables.against(tables.alone(frame))
     if not len(found):
         return found.assign(over_sdpa=[])
     place = ["model", "rig", "corpus"]
     padded = found[found["strategy"] == PAIR[0]]
-    sdpa = padded[padded["kernel"] == "maskless_sdpa"].set_index(place)["tokens_per_s"]
+    sdpa: dict[tuple[Any, ...], float] = {}
+    for kernel in reversed(PADDED_SDPA):
+        sdpa |= padded[padded["kernel"] == kernel].set_index(place)["tokens_per_s"].to_dict()
     varlen = set(padded.loc[padded["kernel"] == "auto", place].itertuples(index=False, name=None))
     places = list(found[place].itertuples(index=False, name=None))
     over_sdpa = found["tokens_per_s"] / [sdpa.get(key, math.nan) for key in places]

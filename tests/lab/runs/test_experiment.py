@@ -24,7 +24,8 @@ import transformers
 from packlib.lab import records
 from packlib.lab.data.corpora import content_sha256
 from packlib.lab.runs import experiment, forked, worker
-from packlib.lab.runs.spec import RunSpec, grid
+from packlib.lab.runs.spec import PADDED_SDPA, RunSpec, grid
+from packlib.lab.strategies import get_strategy
 from tests import processes
 
 EXAMPLES = 16
@@ -175,6 +176,29 @@ def test_padding_and_minibatch_packing_are_the_same_training(swept):
         assert abs(padding["metrics"][loss] - multipack["metrics"][loss]) > 1e-2, (
             "the negative control: other steps, other model"
         )
+
+
+def test_padding_through_sdpa_is_the_same_training(swept, folder):
+    """Both ways: as PyTorch chooses its kernel, and held to the flash one."""
+    for record in experiment.run(grid(BASE, kernel=PADDED_SDPA), folder):
+        assert record["metrics"]["kernel"] == record["spec"]["kernel"]
+        assert record["trace"]["loss"] == pytest.approx(swept["padding"]["trace"]["loss"], rel=1e-4)
+
+
+def test_only_a_run_that_is_held_to_flash_is():
+    def choices() -> list[bool]:
+        return [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("flash", "math", "cudnn")]
+
+    usual = choices()
+    with worker.dispatched("packlib_rows", "maskless_sdpa"):
+        assert choices() == usual != [True, False, False]
+    with worker.dispatched("packlib_rows", "flash_sdpa"):
+        assert choices() == [True, False, False]
+    assert choices() == usual
+    for kernel in PADDED_SDPA:
+        spec = replace(BASE, strategy="minibatch_packing", kernel=kernel)
+        with pytest.raises(ValueError, match=f"kernel = '{kernel}' builds a T x T mask or none for minibatch_packing"):
+            worker.route(spec, get_strategy(spec.strategy), torch.device("cpu"))
 
 
 def test_contamination_shows_on_the_same_rows(swept):
