@@ -24,7 +24,7 @@ from packlib.lab import doubts, figures, paper, records, tables
 from packlib.lab.pages import report
 from packlib.lab.parameters import unknown_name
 from packlib.lab.runs.spec import PADDED_SDPA
-from packlib.lab.studies import convergence, cutting, neighbours, third_reason, throughput
+from packlib.lab.studies import convergence, cutting, neighbours, new_widths, third_reason, throughput
 from packlib.lab.studies import paper as comparison
 
 BLOCK = re.compile(r"(<!-- table: (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
@@ -123,13 +123,13 @@ def worth(frame: pd.DataFrame, run: str) -> str:
     most = " and ".join(f"{ratio:.2f}" for ratio in gain[allowed])
     shares = " and ".join(f"{share:.0%}" for share in gain[rate] / gain[allowed])
     rows = ok[(ok["strategy"] == "multipack_posid") & ~ok["rig.float8"].eq(True) & ok["rig.compile"].eq("layers")]
-    rows = rows.nlargest(1, rate)
+    of_rig = rows.groupby([tables.rigs(rows), "data", "batch_size"])[rate].transform("median")
+    rows = rows[of_rig == of_rig.max()]
     theirs = ok[(ok["strategy"] == "trl_packing_bfd") & ok["data"].isin(rows["data"])][rate]
     full = ""
     if len(theirs):
-        best = rows[rate].iloc[0]
-        rates = f"{best:,.0f} real tokens/s there, and {theirs.median():,.0f} as TRL packs and trains them"
-        full = f"; full rows reach {rates}"
+        full = f"; full rows reach {rows[rate].median():,.0f} real tokens/s there, and "
+        full += f"{theirs.median():,.0f} as TRL packs and trains them"
     shown, asked = (ok.loc[[*ok.index[those], *rows.index]] for those in (in_graphs, graphs))
     return _cautions(asked) + (
         f"**{NAME} on {_devices(shown)}, batches of {SETTING['batch_size']}, on a rig that its host does not hold up: "
@@ -265,6 +265,12 @@ def figure(frame: pd.DataFrame, run: str) -> str:
     return f"![{alt}](papermill_runs/{run}/figures/readme.png)"
 
 
+def widths(frame: pd.DataFrame, run: str) -> str:
+    """What a batch width costs padding through SDPA the first time; of the records of notebook 05."""
+    found = new_widths.published(records.run_folder(run, create=False) / "attention")
+    return "\n".join(f"- {said}" for said in new_widths.findings(found))
+
+
 def climb(frame: pd.DataFrame, run: str) -> str:
     """The climbs of notebook 08: of each its figure, and what it found on the first corpus."""
     folder = records.run_folder(run, create=False)
@@ -324,7 +330,7 @@ def ranks(frame: pd.DataFrame, run: str) -> str:
 
 BLOCKS = {
     function.__name__: function
-    for function in (worth, claim, headline, figure, climb, learned, ranks, arms, models, losses)
+    for function in (worth, claim, headline, figure, widths, climb, learned, ranks, arms, models, losses)
 }
 
 
@@ -333,7 +339,7 @@ def _draw(frame: pd.DataFrame, path: Path, text: str) -> None:
     figures.theme()
     table = _varlen(_headline(frame)).dropna(subset="speed_up")
     first = table.drop_duplicates("strategy").set_index("strategy")["speed_up"]
-    said = f"{first['minibatch_packing']:.2f} × as fast flattened, {first['multipack_posid']:.2f} × in full rows"
+    said = f"flattened {first['minibatch_packing']:.2f} × as fast, full rows {first['multipack_posid']:.2f} ×"
     said += _mark(frame)
     title = f"{NAME} on {_devices(_speed(frame))}, {table['data'].iloc[0]}: {said}"
     picture = figures.bars_with_limits(table.assign(corpus=table["data"]), title, width=11.5, row=0.62)

@@ -223,8 +223,8 @@ def sweep(
             records.write_record(folder, _measured(spec, measured_by or measure))
             told = ", ".join(str(spec[name]) for name in ("arm", "backend", "mix", "tokens") if name in spec)
             logger.info("%d of %d: %s", i + 1, len(specs), told)
-    table = records.load_records(folder)
-    return table[table["run_id"].isin([records.run_id(spec) for spec in specs])]
+    wanted = [records.run_id(spec) for spec in specs]
+    return records.as_table(record for record in records.read_records(folder) if record["run_id"] in wanted)
 
 
 def _measured(spec: Spec, measured_by: Callable[[Spec], dict[str, Any]]) -> dict[str, Any]:
@@ -307,6 +307,8 @@ def kernel_findings(table: pd.DataFrame, by_tokens: pd.DataFrame) -> list[str]:
     by_tokens: the arms of `specs` on the same lengths. Its varlen arm ran on one of these kernels, too: how far the two
     times are apart is what a lead is held against.
     """
+    if table.empty:
+        return []
     largest = table[table["tokens"] == table["tokens"].max()].set_index("kernel")
     speed = largest["metrics.useful_flops_per_s"].dropna().sort_values(ascending=False)
     if len(speed) < 2:

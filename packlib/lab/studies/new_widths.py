@@ -19,17 +19,20 @@ import torch.nn.functional as F
 from pandas.io.formats.style import Styler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from packlib.lab import records
 from packlib.lab.studies import kernels
 from packlib.lab.studies.kernels import Spec
 
 BACKENDS = {"default": "PyTorch's choice", "flash": "held to flash"}
+ARM = "new_width"
+ROWS, WIDTHS = 4, (211, 307, 419, 523, 631, 743)  # examples in a batch, and tokens of the longest
 WARM_UP = 64  # tokens: a width whose time is that of loading libraries
 
 
-def specs(shared: Spec, widths: Sequence[int], rows: int) -> list[dict[str, Any]]:
-    """Every backend on batches of `rows` examples and each of these widths; shared: as for `kernels.specs`."""
+def specs(shared: Spec) -> list[dict[str, Any]]:
+    """Every backend on batches of ROWS examples and each of WIDTHS; shared: as for `kernels.specs`."""
     fields = {name: shared[name] for name in ("heads", "kv_heads", "head_dim", "device")}
-    return [fields | {"arm": "new_width", "backend": name, "rows": rows, "widths": [*widths]} for name in BACKENDS]
+    return [fields | {"arm": ARM, "backend": name, "rows": ROWS, "widths": [*WIDTHS]} for name in BACKENDS]
 
 
 def sweep(folder: Path, specs: Sequence[Spec]) -> pd.DataFrame:
@@ -72,6 +75,12 @@ def _attend(spec: Spec, width: int) -> tuple[str, float]:
     return SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=grouped)).name, seconds
 
 
+def published(folder: Path) -> pd.DataFrame:
+    """The records of this study among those in `folder`, as `sweep` returns them."""
+    found = records.read_records(folder)
+    return records.as_table(record for record in found if record["spec"].get("arm") == ARM)
+
+
 def shown(table: pd.DataFrame) -> Styler:
     """Backend by backend: the kernel that computes, and milliseconds of a width that is new, and of one that is not."""
     columns = {"metrics.new_seconds": "a new width (ms)", "metrics.again_seconds": "the same again (ms)"}
@@ -82,6 +91,8 @@ def shown(table: pd.DataFrame) -> Styler:
 
 def findings(table: pd.DataFrame) -> list[str]:
     """What a new width costs PyTorch's choice, and its flash kernel; nothing where both are the same."""
+    if table.empty:
+        return []
     by = table.set_index("backend")
     if by["metrics.chosen"].nunique() < len(BACKENDS):
         return []

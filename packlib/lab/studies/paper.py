@@ -426,8 +426,11 @@ def findings(table: pd.DataFrame, frame: pd.DataFrame, run: str) -> list[str]:
     return [*said, f"{missing} of {total} rows of the paper's Table 2 were measured in none of these runs."]
 
 
-def _over_sdpa(frame: pd.DataFrame) -> dict[tuple[str, str, str], float]:
-    """Speed of flattened mini-batches over padding through SDPA, of each run, model and corpus that has both."""
+def _over_sdpa(frame: pd.DataFrame) -> dict[tuple[str, str, str], str]:
+    """Speed of flattened mini-batches over padding through SDPA, in words; by run, model and corpus that have both.
+
+    SDPA held to its flash kernel where that was measured, else as PyTorch chooses.
+    """
     arms, rate = speed_arms(frame), "metrics.tokens_per_s.mean"
     if not len(arms):
         return {}
@@ -439,13 +442,18 @@ def _over_sdpa(frame: pd.DataFrame) -> dict[tuple[str, str, str], float]:
     )
     by_kernel = padded[rate].median().unstack().reindex(columns=PADDED_SDPA)
     ratio = (flat[rate].median() / by_kernel.bfill(axis=1).iloc[:, 0]).dropna()
+    held = by_kernel["flash_sdpa"].notna()
     named = flat["model"].first()
-    return {(key[0], named[key], tables.short(key[2])): float(found) for key, found in ratio.items()}
+    how = {True: "held to its flash kernel", False: "as PyTorch chooses"}
+    return {
+        (key[0], named[key], tables.short(key[2])): f"{found:.2f} times padding through SDPA {how[bool(held[key])]}"
+        for key, found in ratio.items()
+    }
 
 
-def _about_minibatch(row: Mapping[str, Any], sdpa: Mapping[tuple[str, str, str], float]) -> str:
+def _about_minibatch(row: Mapping[str, Any], sdpa: Mapping[tuple[str, str, str], str]) -> str:
     freed, over = "", sdpa.get((row["run"], row["model"], row["corpus"]))
-    other = "" if over is None else f" ({over:.2f} times padding through SDPA)"
+    other = "" if over is None else f" ({over})"
     if row["floor"] < 1:
         share = (1 - row["memory_ratio"]) / (1 - row["floor"])
         freed = f" Of the memory that batching can change it saves {share:.0%}."

@@ -116,7 +116,11 @@ def test_what_packing_is_worth_stands_beside_its_control_and_below_it_where_it_i
     frame, rate = records.load_records(ROOT / "papermill_runs" / "h200"), "metrics.tokens_per_s.mean"
     assert readme.claim(frame, "h200").startswith("> [!CAUTION]")
     said, checked = readme.worth(frame, "h200").split("\n\n")
-    assert said.startswith("**Mistral-7B on 1 × NVIDIA H200") and "full rows" not in said, "they were not compiled"
+    assert said.startswith("**Mistral-7B on 1 × NVIDIA H200") and "full rows reach" in said
+    compiled = frame["rig.compile"].eq("layers") & (frame["strategy"] == "multipack_posid")
+    rates = frame.loc[compiled, rate]
+    assert len(rates) == 2 and f" {rates.median():,.0f} real tokens/s there" in said, "the middle of repeats"
+    assert "full rows" not in readme.worth(frame[~compiled], "h200")
     assert checked.startswith("Repeats of an arm are within 0.") and "packing runs at 0.991 times" in checked
     one = frame["rig.graphs"].eq(True) & (frame["batch_size"] == 1) & (frame["strategy"] == "padding")
     off = readme.worth(frame.assign(**{rate: frame[rate].where(~one, frame[rate] * 1.1)}), "h200")
@@ -136,7 +140,7 @@ def test_the_title_of_a_figure_of_a_run_in_doubt_says_so(steady, tmp_path, monke
     monkeypatch.setattr(figures, "bars_with_limits", kept)
     for frame in (records.load_records(ROOT / "papermill_runs" / "h200_models"), steady):
         readme._draw(frame, tmp_path / "figures" / "readme.png", "numbers")
-    assert titles == [f"{titles[1]} (control off)", titles[1]] and titles[1].endswith(" × in full rows")
+    assert titles == [f"{titles[1]} (control off)", titles[1]] and "full rows 2.03 ×" in titles[1]
 
 
 def test_a_climb_in_doubt_stands_below_what_is_off(tmp_path, monkeypatch):

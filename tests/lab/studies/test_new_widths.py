@@ -10,6 +10,11 @@ from packlib.lab.studies import new_widths
 SHARED = {"heads": 4, "kv_heads": 2, "head_dim": 16, "device": "cpu", "layers": 2, "kernel": "sdpa"}
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(new_widths, "WIDTHS", (33, 48, 70))
+
+
 def row(backend, chosen, new, again):
     metrics = {"metrics.chosen": chosen, "metrics.new_seconds": new, "metrics.again_seconds": again}
     return {"backend": backend, "rows": 4, "widths": [64, 80], "device": "cuda"} | metrics
@@ -23,7 +28,7 @@ def test_every_width_is_met_twice(tmp_path, monkeypatch):
         return "FLASH_ATTENTION", 1.0 if met.count(met[-1]) == 1 else 0.25
 
     monkeypatch.setattr(new_widths, "_attend", attend)
-    folder, specs = records.run_folder(tmp_path), new_widths.specs(SHARED, [33, 48, 70], rows=2)
+    folder, specs = records.run_folder(tmp_path), new_widths.specs(SHARED)
     table = new_widths.sweep(folder, specs)
     widths = [new_widths.WARM_UP] * 2 + [33, 33, 48, 48, 70, 70]
     assert met == [("default", True, n) for n in widths] + [("flash", False, n) for n in widths]
@@ -32,7 +37,7 @@ def test_every_width_is_met_twice(tmp_path, monkeypatch):
 
 
 def test_what_is_timed_is_attention_of_that_width(tmp_path):
-    table = new_widths.sweep(records.run_folder(tmp_path), new_widths.specs(SHARED, [33, 48], rows=2))
+    table = new_widths.sweep(records.run_folder(tmp_path), new_widths.specs(SHARED))
     assert table["metrics.chosen"].tolist() == ["FLASH_ATTENTION"] * 2 and (table["metrics.new_seconds"] > 0).all()
     assert new_widths.findings(table) == [], "one kernel, nothing to tell"
     assert "held to flash" in new_widths.shown(table).to_string()
@@ -52,7 +57,7 @@ def test_findings_say_what_pytorchs_choice_costs():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_held_to_flash_a_new_width_costs_no_plan(tmp_path):
     shared = SHARED | {"device": "cuda", "head_dim": 128}
-    table = new_widths.sweep(records.run_folder(tmp_path), new_widths.specs(shared, [97, 131, 173], rows=2))
+    table = new_widths.sweep(records.run_folder(tmp_path), new_widths.specs(shared))
     by = table.set_index("backend")
     assert by.loc["flash", "metrics.chosen"] == "FLASH_ATTENTION"
     assert by.loc["flash", "metrics.new_seconds"] < 0.02

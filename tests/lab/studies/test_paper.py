@@ -238,9 +238,15 @@ def test_padding_through_sdpa_is_a_baseline_where_it_ran_in_the_same_setting(fol
     assert "SDPA" not in said()
     for repeat, rate in enumerate([770, 775, 780]):
         write(folder, replace(GPU, kernel="maskless_sdpa", repeat=repeat), rate=rate, waste=2.0)
-    assert "1.55 times as fast as padding (2.00 times padding through SDPA), with a limit of 2.00" in said()
+    assert (
+        "1.55 times as fast as padding (2.00 times padding through SDPA as PyTorch chooses), with a limit of 2.00"
+        in said()
+    )
     write(folder, replace(GPU, kernel="flash_sdpa"), rate=1000, waste=2.0)  # the stronger one
-    assert "1.55 times as fast as padding (1.55 times padding through SDPA), with a limit of 2.00" in said()
+    assert (
+        "1.55 times as fast as padding (1.55 times padding through SDPA held to its flash kernel), with a limit of 2.00"
+        in said()
+    )
 
 
 def test_one_seed_has_no_interval_and_no_verdict(folder):
