@@ -20,7 +20,10 @@ DTYPES = ("float32", "bfloat16", "bf16_mixed")
 OVERFLOW = ("error", "truncate", "split", "cut")
 ORDERS = ("planned", "long_first", "long_last", "neighbours")
 LOSSES = ("full", "response")
-PADDED_SDPA = ("flash_sdpa", "maskless_sdpa")  # pads are attended to; the first is the stronger baseline
+PADDED_SDPA = (
+    "flash_sdpa",
+    "maskless_sdpa",
+)  # pads are attended to; the first is the stronger baseline of a plain trainer
 OWN_ATTENTION = ("transformers_sdpa", "transformers_eager", "transformers_flash", *PADDED_SDPA)
 KERNEL_NAMES = ("auto", *KERNELS, *OWN_ATTENTION)
 

@@ -26,6 +26,7 @@ from packlib.lab.studies.kernels import Spec
 BACKENDS = {"default": "PyTorch's choice", "flash": "held to flash"}
 ARM = "new_width"
 ROWS, WIDTHS = 4, (211, 307, 419, 523, 631, 743)  # examples in a batch, and tokens of the longest
+NONE_WORKS = ("No available kernel", "No viable backend")  # what PyTorch says then
 WARM_UP = 64  # tokens: a width whose time is that of loading libraries
 
 
@@ -43,13 +44,19 @@ def sweep(folder: Path, specs: Sequence[Spec]) -> pd.DataFrame:
 def measure(spec: Spec) -> dict[str, Any]:
     """Seconds of causal attention on [rows, width, heads, head_dim], forward and backward, at each width twice.
 
-    `new_seconds` is the first time in this process, `again_seconds` the second. `chosen`: the kernel that computes.
+    `new_seconds` is the first time in this process, `again_seconds` the second. `chosen`: the kernel that computes;
+    None, as all else, where the device has no flash kernel to be held to.
     """
     held = nullcontext() if spec["backend"] == "default" else sdpa_kernel(SDPBackend.FLASH_ATTENTION)
-    with held:
-        for _ in range(2):
-            chosen, _ = _attend(spec, WARM_UP)
-        times = np.array([[_attend(spec, width)[1] for _ in range(2)] for width in spec["widths"]])
+    try:
+        with held:
+            for _ in range(2):
+                chosen, _ = _attend(spec, WARM_UP)
+            times = np.array([[_attend(spec, width)[1] for _ in range(2)] for width in spec["widths"]])
+    except RuntimeError as error:
+        if not any(said in str(error) for said in NONE_WORKS):
+            raise
+        return dict.fromkeys(("chosen", "new_seconds", "again_seconds"))
     new, again = times.T
     return {
         "chosen": chosen,
@@ -85,8 +92,9 @@ def shown(table: pd.DataFrame) -> Styler:
     """Backend by backend: the kernel that computes, and milliseconds of a width that is new, and of one that is not."""
     columns = {"metrics.new_seconds": "a new width (ms)", "metrics.again_seconds": "the same again (ms)"}
     found = table.assign(backend=table["backend"].map(BACKENDS), kernel=table["metrics.chosen"].map(_kernel))
-    found[list(columns.values())] = 1e3 * found[list(columns)]
-    return found[["backend", "kernel", *columns.values()]].style.hide().format("{:.2f}", subset=[*columns.values()])
+    found[list(columns.values())] = 1e3 * found[list(columns)].astype(float)
+    style = found[["backend", "kernel", *columns.values()]].style.hide()
+    return style.format("{:.2f}", subset=[*columns.values()], na_rep="–")
 
 
 def findings(table: pd.DataFrame) -> list[str]:
@@ -106,8 +114,7 @@ def findings(table: pd.DataFrame) -> list[str]:
     ]
 
 
-def _kernel(chosen: str) -> str:
-    """PyTorch's name of a backend, as people write it."""
-    return {"CUDNN_ATTENTION": "cuDNN", "FLASH_ATTENTION": "flash", "EFFICIENT_ATTENTION": "memory-efficient"}.get(
-        chosen, chosen.removesuffix("_ATTENTION").lower()
-    )
+def _kernel(chosen: Any) -> str:
+    """PyTorch's name of a backend, as people write it; “none here” for a missing one."""
+    names = {"CUDNN_ATTENTION": "cuDNN", "FLASH_ATTENTION": "flash", "EFFICIENT_ATTENTION": "memory-efficient"}
+    return "none here" if pd.isna(chosen) else names.get(chosen, chosen.removesuffix("_ATTENTION").lower())

@@ -53,6 +53,25 @@ def test_findings_say_what_pytorchs_choice_costs():
     assert "cuDNN 130.40 0.90" in new_widths.shown(table).to_string()
 
 
+@pytest.mark.parametrize(("error", "told"), [("No available kernel. Aborting execution.", True), ("CUDA error", False)])
+def test_a_device_without_a_flash_kernel_says_so(tmp_path, monkeypatch, error, told):
+    attend = new_widths._attend
+
+    def fails(spec, width):
+        if spec["backend"] == "flash":
+            raise RuntimeError(error)
+        return attend(spec, width)
+
+    monkeypatch.setattr(new_widths, "_attend", fails)
+    folder, specs = records.run_folder(tmp_path), new_widths.specs(SHARED)
+    if not told:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            new_widths.sweep(folder, specs)
+        return
+    table = new_widths.sweep(folder, specs)
+    assert new_widths.findings(table) == [] and "held to flash none here – –" in new_widths.shown(table).to_string()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_held_to_flash_a_new_width_costs_no_plan(tmp_path):

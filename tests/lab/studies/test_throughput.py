@@ -240,6 +240,18 @@ def test_bars_and_curve_leave_out_attention_that_pads():
     assert curve.alt == "tiny-llama, pydocs: speed-up and its limit against batch size"
 
 
+def test_of_two_ways_through_sdpa_the_stronger_is_the_baseline():
+    """Held to its flash kernel where that was measured, else as PyTorch chooses; unpadded padding stays the first."""
+    rates = {"auto": 100, "maskless_sdpa": 50, "flash_sdpa": 80}
+    alone = {"environment.concurrent_runs": 1}
+    frame = pd.DataFrame([made.row(kernel=kernel, rate=rate, **alone) for kernel, rate in rates.items()])
+    found = throughput.both_baselines(frame).set_index("kernel")
+    assert found["over_sdpa"].to_dict() == {"auto": 1.25, "maskless_sdpa": 0.625, "flash_sdpa": 1.0}
+    assert found["speed_up"].to_dict() == {"auto": 1.0, "maskless_sdpa": 0.5, "flash_sdpa": 0.8}
+    left = throughput.both_baselines(frame[frame["kernel"] != "flash_sdpa"]).set_index("kernel")
+    assert left["over_sdpa"].to_dict() == {"auto": 2.0, "maskless_sdpa": 1.0}
+
+
 def test_one_number_of_slots_makes_no_line():
     same = throughput.fixed_cost(steps([1000] * 4, [1, 2, 3, 4]))
     assert all(map(math.isnan, same.values()))
