@@ -211,11 +211,15 @@ def utilization_table(table: pd.DataFrame) -> pd.DataFrame:
 # Figures
 
 
-def speed_up_bars(table: pd.DataFrame, model: str) -> Picture:
-    """Speed-up over padding of a model's arms on packlib's attention, with the limit on every bar (`main_arms`)."""
+def speed_up_bars(table: pd.DataFrame, model: str, off: str = "") -> Picture:
+    """Speed-up over padding of a model's arms on packlib's attention, with the limit on every bar (`main_arms`).
+
+    off: what is in doubt about these runs, for the title (`doubts.in_short`).
+    """
     ours = table[~table["kernel"].str.startswith("transformers")]
     ours = ours.assign(label=[tables.arm_label(*arm) for arm in zip(ours["strategy"], ours["kernel"])])
-    return figures.bars_with_limits(ours, f"{model}: real tokens/s against padding")
+    title = f"{model}: real tokens/s against padding" + (f" ({off})" if off else "")
+    return figures.bars_with_limits(ours, title)
 
 
 def memory_bars(table: pd.DataFrame, model: str) -> Picture:

@@ -234,6 +234,8 @@ def test_bars_and_curve_leave_out_attention_that_pads():
     main = throughput.main_arms(tables.against(frame), "tiny-llama")
     figure = throughput.speed_up_bars(main, "tiny-llama")
     assert [bar.get_width() for bar in figure.axes[0].patches] == [1.0, 1.9]
+    doubted = throughput.speed_up_bars(main, "tiny-llama", "control off")
+    assert [picture.alt.count("(control off)") for picture in (figure, doubted)] == [0, 1]
     by_size = throughput.batch_size_table(pd.concat([frame, frame.assign(batch_size=8)]))
     curve = throughput.batch_size_curve(by_size, "tiny-llama", "some/pydocs.jsonl")
     curve.canvas.draw()
