@@ -34,7 +34,7 @@ from packlib.lab.costs import PAIR_SLOWDOWN
 from packlib.lab.data.corpora import load_corpus
 from packlib.lab.records import had_device_alone, read_records
 from packlib.lab.runs.limits import Rates, StepLimit, StepWork, step_limit
-from packlib.lab.runs.spec import Rig, RunSpec
+from packlib.lab.runs.spec import PADDED_SDPA, Rig, RunSpec
 from packlib.lab.strategies import get_strategy, plan_for
 from packlib.plans import Plan
 
@@ -146,7 +146,7 @@ def _work(arm: Arm, ranks: int, balance: bool) -> np.ndarray:
     if arm.way[0] == "padded":
         longest = -(-np.maximum.reduceat(plan.stop - plan.start, plan.row_splits[:-1]) // to) * to
         slots = longest * plan.row_examples
-        if arm.way == SDPA[:2]:  # pads attend, too; the varlen kernel leaves them out
+        if arm.spec.kernel in PADDED_SDPA:  # pads attend, too; the varlen kernel leaves them out
             pairs = slots * longest
     shape = (-1, arm.spec.gradient_accumulation, ranks)
     whole = len(plan) - len(plan) % (shape[1] * ranks)

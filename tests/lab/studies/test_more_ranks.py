@@ -70,6 +70,11 @@ def test_known_costs_are_found_again(made, hidden):
     )
 
 
+def test_pads_attend_in_sdpa_however_its_kernel_is_chosen():
+    flash, chosen, unpadded = (arm("padding", kernel).measured for kernel in ("flash_sdpa", "maskless_sdpa", "auto"))
+    assert np.array_equal(flash, chosen) and not np.array_equal(flash, unpadded)
+
+
 def test_known_costs_of_graphs_are_found_again():
     cost = Cost(6e-5, 0.03, {}, more_ranks.fit([arm()], hidden=True).pair, hidden=False)
     merged = arm(rig=GRAPHS, batch_size=8, gradient_accumulation=1)
