@@ -339,7 +339,7 @@ def _draw(frame: pd.DataFrame, path: Path, text: str) -> None:
     figures.theme()
     table = _varlen(_headline(frame)).dropna(subset="speed_up")
     first = table.drop_duplicates("strategy").set_index("strategy")["speed_up"]
-    said = f"flattened {first['minibatch_packing']:.2f} × as fast, full rows {first['multipack_posid']:.2f} ×"
+    said = f"flattened {first['minibatch_packing']:.2f} ×, full rows {first['multipack_posid']:.2f} ×"
     said += _mark(frame)
     title = f"{NAME} on {_devices(_speed(frame))}, {table['data'].iloc[0]}: {said}"
     picture = figures.bars_with_limits(table.assign(corpus=table["data"]), title, width=11.5, row=0.62)
